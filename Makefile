@@ -1,0 +1,45 @@
+# Everything a person types. `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup pretrain test test-gpu lint bench bench-gpu golden clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0 setuptools
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[optim,bench,test]'
+	touch $@
+
+setup: $(STAMP) ## the environment alone: .venv with the exact versions of constraints.txt
+
+pretrain: setup ## train a language model on the Python standard library (2 minutes), the main job
+	$(BIN)/python recipes/pretrain.py fit
+
+test: setup ## the tests: no GPU, no network
+	$(BIN)/python -m pytest
+
+test-gpu: setup ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: setup ## style and unused names
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup ## speed beside the peers, on a quiet machine; writes docs/benchmarks.md
+	$(BIN)/python benchmarks/run.py
+
+bench-gpu: setup ## the same at 124M and 1B on a CUDA device
+	$(BIN)/python benchmarks/run.py --gpu
+
+golden: setup ## rewrite the golden losses after a change that is meant to change them
+	$(BIN)/python -m pytest tests/test_golden.py --rewrite-golden
+
+clean: ## remove what setup made
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache

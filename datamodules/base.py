@@ -1,0 +1,48 @@
+"""The contract between datamodules and lightning_modules: the batch, and what a datamodule tells of its text.
+
+Shape suffixes: B rows in a batch, T tokens in a row, U tokens in a target row, V vocabulary.
+"""
+
+from typing import NotRequired, Protocol, TypedDict
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""A label with this value carries no loss."""
+
+
+class Batch(TypedDict):
+    """A batch of rows.
+
+    `labels[b, t]` is what position t of row b has to predict: the labels are already aligned with the
+    positions (a causal row of T tokens has T labels, the last of which is the token after the row), so
+    nobody shifts them again. IGNORED marks a position without loss.
+    """
+
+    input_ids: Tensor
+    """(B, T) int64."""
+    labels: Tensor
+    """(B, T) int64, or (B, U) for an encoder-decoder, whose decoder reads the labels shifted right."""
+    rows: Tensor
+    """(B,) int64: the absolute number of each row in the order of training, counted over all epochs; -1 is a
+    row without a label that only evens out the ranks. In validation: the row's number in the held-out text."""
+    position_ids: NotRequired[Tensor]
+    """(B, T) int64, only where attention stops at document borders: positions that restart at each document."""
+    attention_mask: NotRequired[Tensor]
+    """(B, T) int64, only where rows are padded: 1 for tokens, 0 for padding."""
+
+
+class TextData(Protocol):
+    """What a LanguageModule reads from its datamodule, from `setup` on."""
+
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    """Number of ids the model needs: the largest id + 1."""
+    token_bytes: Tensor
+    """(V,) float64: UTF-8 bytes of text that each id stands for; 0 for special tokens. Where a tokenizer is not
+    exact in bytes (it lowercases, say): the mean over the held-out text."""
+    seq_len: int
+    batch_size: int
+    objective: str
+    rows_per_epoch: int

@@ -1,0 +1,171 @@
+"""What a run leaves behind: the model folder, summary.json, and the table at the end."""
+
+import gzip
+import json
+import lzma
+import platform
+import resource
+import shlex
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_modules import hardware
+from lightning_modules.architectures import bytes_of, parameter_count
+from lightning_modules.callbacks.plan import precision, print_pairs
+from lightning_modules.callbacks.speed import Speed
+
+PACKAGES = ("lightning", "torch", "transformers", "tokenizers", "wandb")
+MOST_COMPRESSED_BYTES = 8_000_000
+"""Held-out text up to which gzip and xz are run for comparison: seconds, not minutes."""
+
+
+class Report(Callback):
+    """Exports the best weights as a transformers folder and says what came of the run."""
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._started = time.perf_counter()
+        self.losses: list[tuple[float, float]] = []
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            metrics = trainer.callback_metrics
+            self.losses.append((float(metrics["val/loss"]), float(metrics["val/bits_per_byte"])))
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        seconds = time.perf_counter() - self._started
+        folder = Path(trainer.default_root_dir)
+        restore_best(trainer, module)
+        summary = self.summary(trainer, module, seconds)
+        save_model(folder / "model", module, trainer.datamodule.tokenizer, model_card(summary, trainer, module))
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print_pairs("Result", self.rows(summary, trainer))
+
+    def summary(self, trainer: Trainer, module: LightningModule, seconds: float) -> dict[str, object]:
+        speed = next(c for c in trainer.callbacks if isinstance(c, Speed))
+        tokens = int(module.tokens)
+        best, bits = min(self.losses) if self.losses else (None, None)
+        return {
+            "val_loss": best,
+            "val_loss_final": self.losses[-1][0] if self.losses else None,
+            "val_bits_per_byte": bits,
+            "tokens": tokens,
+            "steps": trainer.global_step,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": (tokens - speed.first_tokens) / max(1e-9, speed.training_seconds),
+            "mfu": (tokens - speed.first_tokens)
+            * module.flops_per_token
+            / max(1e-9, speed.training_seconds)
+            / speed.matrix_flops,
+            "parameters": parameter_count(module.network),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "precision": precision(trainer, module),
+            "hardware": hardware.describe(),
+            "skipped_rows": sum(trainer.datamodule.describe()["skipped_rows"].values()),
+            "baselines": compressors(trainer, seconds),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "model_dir": str(Path(trainer.default_root_dir) / "model"),
+        }
+
+    def rows(self, summary: dict, trainer: Trainer) -> dict[str, str]:
+        rows = {}
+        if summary["val_loss"] is not None:
+            rows["val loss"] = f"{summary['val_loss']:.4f} nats per token (last {summary['val_loss_final']:.4f})"
+            rows["bits per byte"] = f"{summary['val_bits_per_byte']:.4f}"
+            rows |= {f"  {name}": f"{bits:.4f} on the same text" for name, bits in summary["baselines"].items()}
+        rows |= {
+            "trained": f"{summary['tokens']:,} tokens, {summary['steps']:,} steps, {summary['seconds']:,.0f} s",
+            "speed": f"{summary['tokens_per_second']:,.0f} tokens/s, MFU {summary['mfu']:.0%}",
+            "peak memory": bytes_of(summary["peak_memory_bytes"]),
+            "files": f"{trainer.default_root_dir}: config.yaml, metrics.csv, checkpoints/, model/, summary.json",
+        }
+        if offline := offline_folder(trainer):
+            rows["W&B"] = f"offline; upload it with: wandb sync {offline}   look at it with: wandb leet {offline}"
+        prompt = "def " if trainer.datamodule.path is None else "Once"
+        rows["next"] = f"python recipes/generate.py --model {shlex.quote(summary['model_dir'])} --prompt {prompt!r}"
+        return rows
+
+
+def restore_best(trainer: Trainer, module: LightningModule) -> None:
+    """Loads the weights of the checkpoint with the lowest val/loss, if that is not the last step's."""
+    checkpoint = trainer.checkpoint_callback
+    if checkpoint is None or checkpoint.monitor != "val/loss" or not checkpoint.best_model_path:
+        return
+    best = torch.load(checkpoint.best_model_path, map_location=module.device, weights_only=True)
+    if best["global_step"] != trainer.global_step:
+        module.load_state_dict(best["state_dict"])
+
+
+def save_model(folder: Path, module: LightningModule, tokenizer, card: str) -> None:
+    """A folder that AutoModelFor….from_pretrained and AutoTokenizer load, with a card."""
+    network = module.network
+    network.generation_config.eos_token_id = tokenizer.eos_token_id
+    network.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card)
+
+
+def model_card(summary: dict, trainer: Trainer, module: LightningModule) -> str:
+    about = trainer.datamodule.describe()
+    name = Path(trainer.default_root_dir).name
+    numbers = "".join(
+        f"| {key} | {summary[key]:,.4f} |\n" if isinstance(summary[key], float) else f"| {key} | {summary[key]} |\n"
+        for key in (
+            "val_loss",
+            "val_bits_per_byte",
+            "tokens",
+            "steps",
+            "seconds",
+            "parameters",
+            "precision",
+            "hardware",
+        )
+    )
+    return (
+        f"---\nlibrary_name: transformers\ntags: [language-model, pytorch-lightning]\n---\n\n# {name}\n\n"
+        f"{type(module.architecture).__name__} trained with the {module.objective} objective on {about['text']} "
+        f"({about['train_tokens']:,} tokens; held out: {about['val_tokens']:,}).\n\n"
+        f"| | |\n|---|---|\n{numbers}\n`val_loss` is in nats per token, over all held-out tokens; `val_bits_per_byte` "
+        f"divides the same sum by the UTF-8 bytes of the text.\n\nMade by:\n\n```\n{shlex.join(['python', *sys.argv])}\n```\n"
+    )
+
+
+def peak_memory_bytes() -> int:
+    """Of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def compressors(trainer: Trainer, seconds: float) -> dict[str, float]:
+    """Bits per byte of gzip and xz on the held-out documents, one after the other; {} where that would take long.
+
+    Where the run was long enough for it not to matter, also of xz that has read the training text first.
+    """
+    data, about = trainer.datamodule, trainer.datamodule.describe()
+    if about["val_bytes"] > MOST_COMPRESSED_BYTES:
+        return {}
+    held_out = b"".join(data.val_documents())
+    bits = 8 / max(1, len(held_out))
+    baselines = {
+        "gzip -9": len(gzip.compress(held_out, 9)) * bits,
+        "xz -9": len(lzma.compress(held_out, preset=9)) * bits,
+    }
+    if about["train_bytes"] / 1e6 < 0.05 * seconds:
+        train = "".join(data.documents("train")).encode()
+        extra = len(lzma.compress(train + held_out, preset=9)) - len(lzma.compress(train, preset=9))
+        baselines["xz -9 after the training text"] = extra * bits
+    return baselines
+
+
+def offline_folder(trainer: Trainer) -> Path | None:
+    runs = sorted(Path(trainer.default_root_dir).glob("wandb/offline-run-*"))
+    return runs[-1] if runs else None

@@ -1,0 +1,48 @@
+"""What the model writes, at each validation."""
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+
+
+class Samples(Callback):
+    """Prints what the model makes of fixed prompts after each validation of a fit, and logs it to W&B.
+
+    Args:
+        prompts: Texts to go on from. Left out: the beginnings of two held-out documents.
+        max_new_tokens: Length of a sample; 0 writes none.
+        temperature: Of sampling; 0 always takes the likeliest token.
+    """
+
+    def __init__(self, prompts: list[str] | None = None, max_new_tokens: int = 48, temperature: float = 0.8):
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if (
+            trainer.sanity_checking
+            or trainer.state.fn != "fit"
+            or not self.max_new_tokens
+            or not trainer.is_global_zero
+        ):
+            return
+        tokenizer = trainer.datamodule.tokenizer
+        if self.prompts is None:
+            documents = trainer.datamodule.val_documents(limit_bytes=100_000)
+            self.prompts = [document[:40].decode(errors="ignore") for document in documents[:2]]
+        module.network.eval()
+        # Sampling must leave no trace in the training's random numbers.
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            texts = [module.sample(tokenizer, p, self.max_new_tokens, self.temperature) for p in self.prompts]
+        module.network.train()
+        loss = trainer.callback_metrics["val/loss"]
+        bits = trainer.callback_metrics["val/bits_per_byte"]
+        print(f"step {trainer.global_step}: val loss {loss:.4f} nats per token, {bits:.4f} bits per byte")
+        for text in texts:
+            print("  │ " + text.rstrip().replace("\n", "\n  │ "))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                rows = [[trainer.global_step, p, t] for p, t in zip(self.prompts, texts, strict=True)]
+                logger.log_text("samples", columns=["step", "prompt", "text"], data=rows)

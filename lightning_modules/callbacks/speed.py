@@ -1,0 +1,80 @@
+"""Loss, gradient norm, learning rate, tokens per second and MFU, once every log_every_n_steps optimizer steps."""
+
+import time
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_modules import hardware, tracking
+
+
+class Speed(Callback):
+    """Times training alone: validation, samples and checkpoints stop the clock.
+
+    MFU is the share of the machine's rate of matrix products (a GPU's data sheet, a CPU's own, measured at the start)
+    that the model's FLOPs come to; see `architectures.flops_per_token`.
+    """
+
+    def __init__(self):
+        self.training_seconds = 0.0
+        self.tokens_per_second = 0.0
+        self.mfu = 0.0
+        self.matrix_flops = 0.0
+        self._running_since: float | None = None
+        self._window = (0.0, 0)
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+        device = module.device.type
+        self.matrix_flops = hardware.matrix_flops(device, dtype, torch.get_num_threads()) * trainer.world_size
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        for logger in trainer.loggers:
+            tracking.define_metrics(logger)
+        self.first_tokens = int(module.tokens)
+        self._window = (0.0, self.first_tokens)
+        self._resume()
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
+        if (
+            trainer.global_step == 0
+            or trainer.global_step % trainer.log_every_n_steps
+            or trainer.fit_loop._should_accumulate()
+        ):
+            return
+        self._pause()
+        seconds, tokens = self._window
+        now = (self.training_seconds, int(module.tokens))
+        self.tokens_per_second = (now[1] - tokens) / max(1e-9, now[0] - seconds)
+        self.mfu = self.tokens_per_second * module.flops_per_token / self.matrix_flops
+        self._window = now
+        values = {
+            "train/loss": module.step_loss,
+            "train/grad_norm": module.step_grad_norm,
+            "train/lr": module.optimizers().param_groups[0]["lr"],
+            "perf/tokens_per_second": self.tokens_per_second,
+            "perf/mfu": self.mfu,
+        }
+        module.log_dict({name: float(value) for name, value in values.items()})
+        module.log("tokens", module.tokens.double())
+        self._resume()
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._pause()
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._resume()
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._pause()
+
+    def _pause(self) -> None:
+        if self._running_since is not None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.training_seconds += time.perf_counter() - self._running_since
+            self._running_since = None
+
+    def _resume(self) -> None:
+        self._running_since = time.perf_counter()

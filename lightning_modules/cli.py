@@ -1,0 +1,193 @@
+"""The command line of a recipe: LightningCLI, with the YAML beside the script as the default run.
+
+What is added: errors of one line, a folder for each run, precision by hardware, W&B and CSV, the callbacks that show
+and keep a run.
+"""
+
+import difflib
+import importlib
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from transformers import PreTrainedConfig
+
+from lightning_modules import hardware, tracking
+from lightning_modules.callbacks.horizon import Horizon
+from lightning_modules.callbacks.plan import Plan
+from lightning_modules.callbacks.progress import Progress
+from lightning_modules.callbacks.report import Report
+from lightning_modules.callbacks.samples import Samples
+from lightning_modules.callbacks.speed import Speed
+from lightning_modules.precision import BF16Weights
+from lightning_modules.schedules import Schedule
+
+PACKAGES = tuple(str(Path(__file__).parents[1] / name) for name in ("lightning_modules", "datamodules", "recipes"))
+RUN_FOLDER = "LIGHTNING_LM_RUN_FOLDER"
+"""Environment variable by which the ranks that Lightning starts learn the folder that the first one chose."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A user's mistake ends in one line and exit code 2: an OSError or ValueError that our own code raised on purpose.
+
+    Everything else keeps its traceback, and so does this under LIGHTNING_LM_TRACEBACK=1.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        on_purpose = last.filename.startswith(PACKAGES) and (last.line or "").lstrip().startswith("raise ")
+        if not on_purpose or os.environ.get("LIGHTNING_LM_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Parser(LightningArgumentParser):
+    """Errors in one line, with the nearest flag that exists."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        print(f"error: {explain(message, [flag for a in self._actions for flag in a.option_strings])}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(message: str, flags: list[str]) -> str:
+    """A parser's complaint in one line; for a flag that does not exist: the nearest one that does."""
+    message = " ".join(message.split())
+    unknown = re.search(r"nrecognized arguments: (--[\w.+-]+)|[Kk]ey [\"']?([\w.]+)[\"']? (?:is not|does not)", message)
+    if not unknown:
+        return message
+    flag = unknown[1] or f"--{unknown[2]}"
+    near = difflib.get_close_matches(flag.split("=")[0], flags, n=1)
+    return f"there is no {flag}; " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml into the run's folder, so that `fit --config config.yaml` is the same run again."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = Path(trainer.default_root_dir)
+        self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+
+
+class RecipeCLI(LightningCLI):
+    """See `main`."""
+
+    def __init__(self, default_config: Path, default_model: type[LightningModule], **settings):
+        self.default_config = default_config
+        self.default_model = default_model
+        self.recipe = default_config.stem
+        super().__init__(**settings)
+
+    def init_parser(self, **settings) -> LightningArgumentParser:
+        parser = Parser(**settings)
+        parser.add_argument("-c", "--config", action="config", help="A YAML with flags; several are merged in order.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"model": {"class_path": f"{self.default_model.__module__}.{self.default_model.__name__}"}})
+        parser.link_arguments("model", "data.objective", compute_fn=_objective)
+        parser.add_lightning_class_args(Samples, "samples")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
+        args = list(sys.argv[1:] if args is None else args)
+        given = any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args)
+        if args and args[0] in self.subcommands() and not given and self.default_config.exists():
+            args[1:1] = ["--config", str(self.default_config)]
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        trainer = self.config[self.subcommand].trainer
+        if trainer.precision is None:
+            on_cpu = trainer.accelerator == "cpu" or not torch.cuda.is_available()
+            trainer.precision = hardware.best_precision("cpu" if on_cpu else "cuda")
+        if self.subcommand == "fit":
+            trainer.default_root_dir = str(run_folder(self.recipe, trainer.default_root_dir))
+
+    def instantiate_trainer(self, **settings) -> Trainer:
+        trainer = self.config[self.subcommand].trainer
+        if trainer.logger is None and self.subcommand == "fit":
+            settings["logger"] = tracking.loggers(Path(trainer.default_root_dir), self.recipe)
+        elif self.subcommand != "fit":
+            settings["logger"] = False
+        if trainer.precision == "bf16-true" and trainer.strategy in ("auto", "ddp"):
+            settings |= {"precision": None, "plugins": [*(trainer.plugins or []), BF16Weights()]}
+        for callback in self._get(self.config_init, "trainer")["callbacks"] or []:
+            # Without this the checkpoints would land in the folder of a logger.
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        return super().instantiate_trainer(**settings)
+
+    def after_instantiate_classes(self) -> None:
+        if self.subcommand != "fit" and not self.config[self.subcommand].ckpt_path:
+            print("no --ckpt_path given: these are the numbers of freshly initialised weights", file=sys.stderr)
+
+
+def _objective(model: object) -> str:
+    """What the datamodule's labels are follows from the module's class."""
+    module, _, name = model.class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name).objective
+
+
+def run_folder(recipe: str, chosen: str | None) -> Path:
+    """Makes and returns the folder of a run: the chosen one, or runs/<recipe>-<date>-<time>."""
+    folder = Path(chosen or os.environ.get(RUN_FOLDER) or f"runs/{recipe}-{datetime.now():%Y%m%d-%H%M%S}")
+    os.environ[RUN_FOLDER] = str(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write to {folder} ({error.strerror}); pass another --trainer.default_root_dir"
+        ) from error
+    return folder
+
+
+def main(
+    model: type[LightningModule],
+    default_model: type[LightningModule],
+    data: type[LightningDataModule],
+    default_config: Path,
+    args: list[str] | None = None,
+) -> None:
+    """Runs a recipe: any subclass of `model`, `default_model` unless named, on `data`.
+
+    `default_config` is the run that happens when the command line names no --config; its stem is the recipe's name.
+    """
+    set_parsing_settings(subclasses_enabled=[Schedule, PreTrainedConfig])
+    warnings.filterwarnings("ignore", module="lightning|torch")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with one_line_errors():
+        RecipeCLI(
+            default_config,
+            default_model,
+            model_class=model,
+            subclass_mode_model=True,
+            datamodule_class=data,
+            args=args,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults={
+                # The order of the rows is the datamodule's; Lightning's sampler would shuffle it once more.
+                "use_distributed_sampler": False,
+                "enable_model_summary": False,
+                "callbacks": [Speed(), Plan(), Horizon(), Progress(), Report()],
+            },
+        )

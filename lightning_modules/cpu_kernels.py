@@ -1,0 +1,148 @@
+"""Attention and RMSNorm for bf16 on CPUs, put into transformers' models while they train there.
+
+torch's own are slow in bf16 on a CPU: at 8 × 256 tokens of 6 heads × 64, forward and backward, its flash attention
+takes 3.5 times as long as the products written out below, and an RMSNorm as transformers writes it 6 times as long as
+the one here (`python benchmarks/kernels.py` measures both). On a GPU, or compiled, none of this is used.
+
+Shape suffixes: B rows, H heads, G heads of keys and values, T tokens, K head size, X = B · H, C width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+LONGEST = 1024
+"""Tokens up to which written-out attention is faster than torch's; beyond, T × T scores leave the cache."""
+
+
+class _CausalAttention(torch.autograd.Function):
+    """softmax(q kᵀ · scaling, no future) v, https://arxiv.org/abs/1706.03762, keeping only the probabilities."""
+
+    @staticmethod
+    def forward(ctx, query_XTK, key_XTK, value_XTK, bias, scaling):
+        scores_XTT = torch.baddbmm(bias, query_XTK, key_XTK.mT, alpha=scaling)
+        probabilities_XTT = torch.softmax(scores_XTT, -1, out=scores_XTT)
+        ctx.save_for_backward(query_XTK, key_XTK, value_XTK, probabilities_XTT)
+        ctx.scaling = scaling
+        return probabilities_XTT @ value_XTK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out_XTK):
+        query_XTK, key_XTK, value_XTK, probabilities_XTT = ctx.saved_tensors
+        d_value_XTK = probabilities_XTT.mT @ d_out_XTK
+        d_scores_XTT = d_out_XTK @ value_XTK.mT
+        torch._softmax_backward_data(
+            d_scores_XTT, probabilities_XTT, -1, probabilities_XTT.dtype, grad_input=d_scores_XTT
+        )
+        d_query_XTK = (d_scores_XTT @ key_XTK).mul_(ctx.scaling)
+        d_key_XTK = (d_scores_XTT.mT @ query_XTK).mul_(ctx.scaling)
+        return d_query_XTK, d_key_XTK, d_value_XTK, None, None
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: (B, H, T, K) and keys and values (B, G, T, K) to ((B, T, H, K), None)."""
+    B, H, T, K = query.shape
+    causal = module.is_causal if is_causal is None else is_causal
+    short = T == key.shape[2] <= LONGEST and query.dtype == torch.bfloat16 and not query.is_meta
+    if not short or dropout or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
+        )
+    if (groups := H // key.shape[1]) > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    bias = _bias(attention_mask, causal, B, H, T, query)
+    scaling = K**-0.5 if scaling is None else scaling
+    out_XTK = _CausalAttention.apply(*(x.reshape(B * H, T, K) for x in (query, key, value)), bias, scaling)
+    return out_XTK.view(B, H, T, K).transpose(1, 2), None
+
+
+def _bias(mask: Tensor | None, causal: bool, B: int, H: int, T: int, like: Tensor) -> Tensor:
+    """What is added to the scores: 0 where a token may look, -inf where not; broadcastable to (B · H, T, T)."""
+    if mask is None:
+        bias = like.new_zeros(T, T) if not causal else like.new_full((T, T), -torch.inf).triu(1)
+        return bias
+    if mask.dtype == torch.bool:
+        # Finite: a row that may look nowhere (padding) must not become NaN.
+        mask = like.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(like.dtype).min)
+    return mask.to(like.dtype).expand(B, H, T, T).reshape(B * H, T, T)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / √(mean(x²) + eps), https://arxiv.org/abs/1910.07467; the root in float32, products in the dtype of x."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_() / x.shape[-1]
+        rstd = mean_square.add_(eps).rsqrt_()
+        y = (x * rstd).to(x.dtype)
+        ctx.save_for_backward(y, rstd.to(x.dtype))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        y, rstd = ctx.saved_tensors
+        projection = (d_y * y).sum(-1, keepdim=True).div_(-y.shape[-1])
+        return torch.addcmul(d_y, y, projection).mul_(rstd), None
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm over the last dimension."""
+    y = _RMSNorm.apply(x, eps)
+    return y if weight is None else y * weight
+
+
+class _FastNorm(nn.Module):
+    """Takes the place of a model's own RMSNorm, with its parameter under the same name."""
+
+    def __init__(self, weight: nn.Parameter | None, eps: float):
+        super().__init__()
+        self.register_parameter("weight", weight)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def _replacement(module: nn.Module) -> _FastNorm | None:
+    """The fast twin of an RMSNorm, or None where the module computes something else, found out by trying."""
+    eps = next((getattr(module, name) for name in ("eps", "variance_epsilon") if hasattr(module, name)), None)
+    weight = dict(module.named_parameters()).get("weight")
+    if not type(module).__name__.endswith("RMSNorm") or eps is None or (weight is not None and weight.is_meta):
+        return None
+    twin = _FastNorm(weight, eps)
+    x = torch.linspace(-2, 3, len(weight) if weight is not None else 64).repeat(3, 1)
+    with torch.no_grad():
+        same = torch.allclose(module(x).float(), twin(x).float(), rtol=1e-3, atol=1e-5)
+    return twin if same else None
+
+
+def install(model: PreTrainedModel) -> list[str]:
+    """Puts the fast parts into the model, in place; weights and their names stay. Returns what was replaced."""
+    replaced = []
+    twins = {name: twin for name, module in model.named_modules() if (twin := _replacement(module)) is not None}
+    for name, twin in twins.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, twin)
+    if twins:
+        replaced.append(f"{len(twins)} RMSNorm")
+    if model._supports_sdpa and model.config._attn_implementation == "sdpa":
+        AttentionInterface.register("cpu_bf16", attention)
+        AttentionMaskInterface.register("cpu_bf16", sdpa_mask)
+        model.set_attn_implementation("cpu_bf16")
+        replaced.append("attention")
+    return replaced
