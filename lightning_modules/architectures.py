@@ -37,6 +37,9 @@ def fit_config(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, voc
     config.eos_token_id = tokenizer.eos_token_id
     # A row of the embedding at pad_token_id never learns (nn.Embedding's padding_idx): only for a real padding token.
     config.pad_token_id = tokenizer.pad_token_id
+    for name in ("cls_token_id", "sep_token_id"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, getattr(tokenizer, name))
     if config.is_encoder_decoder:
         config.decoder_start_token_id = tokenizer.bos_token_id or tokenizer.pad_token_id or tokenizer.eos_token_id
 
@@ -45,8 +48,8 @@ def build(config: PreTrainedConfig, auto_class: type, seed: int) -> PreTrainedMo
     """A freshly initialised network of `auto_class` (AutoModelForCausalLM …), a pure function of config and seed."""
     if type(config) not in auto_class._model_mapping:
         raise ValueError(
-            f"--model.architecture {type(config).__name__} has no {auto_class.__name__}; take an architecture that has, "
-            f"or another --model: CausalLM for decoders, MaskedLM for encoders, SpanDenoising for encoder-decoders"
+            f"--model.architecture {type(config).__name__} has no {auto_class.__name__}; take one that has, or "
+            f"another --model: CausalLM for decoders, MaskedLM for encoders, SpanDenoising for encoder-decoders"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -93,11 +96,17 @@ def find_head_loss(model: PreTrainedModel, tap: HeadInput) -> HeadLoss | None:
     extra = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
     training = model.training
     model.eval()
-    with torch.no_grad():
-        logits = model(input_ids=ids, **extra).logits.float()
-        with tap.tapped():
-            model(input_ids=ids, **extra)
-        scores = head(tap.hidden).float()
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=ids, **extra).logits.float()
+            with tap.tapped():
+                model(input_ids=ids, **extra)
+            scores = head(tap.hidden).float()
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"--model.architecture {type(config).__name__} with these fields does not run: {error}; "
+            f"see that widths divide by heads and num_attention_heads by num_key_value_heads"
+        ) from error
     model.train(training)
     softcap = getattr(config, "final_logit_softcapping", None)
     scales = [1.0, getattr(model, "logit_scale", None), 1 / (getattr(config, "logits_scaling", None) or 1)]
@@ -120,10 +129,10 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
     Appendix B of PaLM, https://arxiv.org/abs/2204.02311. Looking up an embedding multiplies nothing; a head does, also
     when it shares the embedding's matrix.
     """
-    lookups = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
-    head = model.get_output_embeddings()
-    tied = any(m.weight is head.weight for m in model.modules() if isinstance(m, nn.Embedding))
-    weights = parameter_count(model) - lookups + (head.weight.numel() if tied else 0)
+    tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = model.get_output_embeddings().weight
+    weights = parameter_count(model) - sum(table.numel() for table in tables.values())
+    weights += head.numel() if id(head) in tables else 0
     config = model.config
     layers = getattr(config, "num_hidden_layers", 0)
     width = getattr(config, "hidden_size", 0) if hasattr(config, "num_attention_heads") else 0

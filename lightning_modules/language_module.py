@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
@@ -132,10 +133,11 @@ class LanguageModule(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The *sum* of the loss over a constant: `on_before_optimizer_step` divides by the tokens of the whole step."""
         data = self.trainer.datamodule
-        # Any constant would do that is the same for all micro-batches and ranks of a step; this one keeps float16 in range.
+        # Any constant would do that all micro-batches and ranks of a step share; this one keeps float16 in range.
         self._nominal = data.batch_size * data.seq_len
         objective, nats, count = self.loss(batch, divisor=self._nominal)
-        sums = torch.stack([nats, count.to(nats.dtype)])
+        tokens = (batch["rows"] >= 0).sum() * batch["input_ids"].shape[1]
+        sums = torch.stack([nats.double(), count.double(), tokens.double()])
         self._sums = sums if self._sums is None else self._sums + sums
         if self.l1:
             # Counted once a token, so that it, too, does not depend on how the step is split.
@@ -144,13 +146,13 @@ class LanguageModule(LightningModule):
         return objective
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        nats, count = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        nats, count, tokens = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
         self._sums = None
         # Lightning has divided by accumulate_grad_batches, DDP by the ranks, training_step by its constant.
         scale = self._nominal * self.trainer.accumulate_grad_batches * self.trainer.world_size / count.clamp(min=1)
         if scale.device.type != "cpu" or scale != 1:
             torch._foreach_mul_([p.grad for p in self.network.parameters() if p.grad is not None], scale)
-        self.tokens = self.tokens + count.long()
+        self.tokens = self.tokens + tokens.long()
         self.step_loss = nats / count
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
@@ -191,7 +193,7 @@ class LanguageModule(LightningModule):
             done.append(step / max(1, steps))
         if self.max_tokens:
             done.append(float(self.tokens) / self.max_tokens)
-        timer = next((c for c in trainer.callbacks if hasattr(c, "time_remaining")), None)
+        timer = next((c for c in trainer.callbacks if isinstance(c, Timer)), None)
         if timer is not None and timer.time_remaining() is not None:
             elapsed = timer.time_elapsed()
             done.append(elapsed / (elapsed + timer.time_remaining()))

@@ -21,6 +21,9 @@ POLAR_EXPRESS = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 
+SAFETY = 1.01
+"""Shrinks the argument of each polynomial: rounding to bf16 may lift a singular value over 1, where they blow up."""
+
 
 def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> list[dict]:
     """Three groups: hidden matrices, embeddings with the head, and vectors (norms, biases), which never decay.
@@ -54,8 +57,8 @@ def orthogonalize(matrices_MRC: Tensor, iterations: int = 5) -> Tensor:
     tall = X.size(-2) > X.size(-1)
     if tall:
         X = X.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
-    for a, b, c in POLAR_EXPRESS[:iterations]:
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7)
+    for a, b, c in ((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS[:iterations]):
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)

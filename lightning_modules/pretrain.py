@@ -59,7 +59,8 @@ class SpanDenoising(LanguageModule):
         cut = torch.tensor([ids[:third] + [sentinel] + ids[2 * third :]], device=self.device)
         out = self.network.generate(cut, **_sampling(tokenizer, third + 4, temperature))
         filling = tokenizer.decode(out[0], skip_special_tokens=True)
-        return f"{tokenizer.decode(ids[:third])}⟦{filling}⟧{tokenizer.decode(ids[2 * third :])}"
+        before, after = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:third], ids[2 * third :]))
+        return f"{before}⟦{filling}⟧{after}"
 
 
 def _ids(tokenizer, prompt: str, device: torch.device) -> Tensor:

@@ -27,7 +27,7 @@ class Schedule:
             raise ValueError(f"warmup_steps={self.warmup_steps}; pass 0 or more")
 
     def factor(self, step: int, progress: float) -> float:
-        """For the step numbered `step` (0 is the first), in the middle of which `progress` (0 to 1) of the run is done."""
+        """For the step numbered `step` from 0; `progress` (0 to 1) of the run is done in the middle of it."""
         if self.warmup_steps is not None:
             warm = (step + 1) / (self.warmup_steps + 1)
         else:

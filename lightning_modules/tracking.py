@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.csv always, Weights & Biases online when logged in, into an offline folder if not."""
+"""Where a run's numbers go: metrics.csv always, Weights & Biases online when logged in, offline when not."""
 
 import netrc
 import os

@@ -1,6 +1,10 @@
 """What a run will do and cost, printed before its first step."""
 
+import math
+import sys
+
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from rich.console import Console
 from rich.table import Table
 
@@ -20,9 +24,9 @@ class Plan(Callback):
 
     def rows(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
         data, about = trainer.datamodule, trainer.datamodule.describe()
-        step_tokens = data.batch_size * data.seq_len * trainer.accumulate_grad_batches * trainer.world_size
+        parts = (data.batch_size, data.seq_len, trainer.accumulate_grad_batches, trainer.world_size)
         held_out = about["held_out"]
-        skipped = sum(about["skipped_rows"].values())
+        skipped = about["skipped_rows"]
         rows = {
             "model": f"{type(module).__name__} {type(module.architecture).__name__}, "
             f"{parameter_count(module.network):,} parameters, {precision(trainer, module)}",
@@ -30,19 +34,16 @@ class Plan(Callback):
             f"{bytes_of(about['train_bytes'])}, {about['train_tokens']:,} tokens",
             "held out": f"{held_out if isinstance(held_out, str) else f'{len(held_out)} files'}, "
             f"{bytes_of(about['val_bytes'])}, {about['val_tokens']:,} tokens",
-            "tokenizer": f"{about['tokenizer']}, {about['vocab_size']:,} ids, {about['bytes_per_token']:.2f} bytes a token",
-            "step": f"{data.batch_size} rows × {data.seq_len} tokens × {trainer.accumulate_grad_batches} micro-batches × "
-            f"{trainer.world_size} ranks = {step_tokens:,} tokens",
-            "run": self._length(trainer, module, step_tokens, about["train_tokens"]),
-            "memory": f"about {bytes_of(self._state_bytes(trainer, module))} for weights, gradients and optimizer, "
-            "activations besides",
+            "tokenizer": f"{about['tokenizer']}, {about['vocab_size']:,} ids, "
+            f"{about['bytes_per_token']:.2f} bytes a token",
+            "skipped": ", ".join(f"{count:,} bad rows of {file}" for file, count in skipped.items()),
+            "step": "{} rows × {} tokens × {} micro-batches × {} ranks = {:,} tokens".format(*parts, math.prod(parts)),
+            "run": self._length(trainer, module, math.prod(parts), about["train_tokens"]),
+            "memory": f"about {bytes_of(self._state_bytes(module))} for weights, gradients and optimizer, "
+            "and the activations",
             "files": trainer.default_root_dir,
         }
-        if skipped:
-            rows["skipped"] = f"{skipped:,} bad rows: " + ", ".join(
-                f"{n} in {f}" for f, n in about["skipped_rows"].items()
-            )
-        return rows
+        return {name: text for name, text in rows.items() if text}
 
     def _length(self, trainer: Trainer, module: LightningModule, step_tokens: int, epoch_tokens: int) -> str:
         steps = [trainer.max_steps] if trainer.max_steps > 0 else []
@@ -50,20 +51,20 @@ class Plan(Callback):
             steps.append(-(-module.max_tokens // step_tokens))
         if trainer.max_epochs and trainer.max_epochs > 0:
             steps.append(-(-trainer.num_training_batches // trainer.accumulate_grad_batches) * trainer.max_epochs)
-        limit = f"at most {trainer_time_limit(trainer)}" if trainer_time_limit(trainer) else ""
+        seconds_left = time_limit(trainer)
+        limit = [] if seconds_left is None else [f"at most {seconds_left:,.0f} s"]
         if not steps:
-            return limit
+            return ", ".join(limit)
         speed = next(c for c in trainer.callbacks if isinstance(c, Speed))
-        flops = min(steps) * step_tokens * module.flops_per_token
+        tokens = min(steps) * step_tokens
+        flops = tokens * module.flops_per_token
         seconds = flops / (PLANNED_MFU * speed.matrix_flops)
-        length = (
-            f"{min(steps):,} steps = {min(steps) * step_tokens:,} tokens, {min(steps) * step_tokens / epoch_tokens:.2f} "
-            f"epochs, {flops / 1e12:,.0f} TFLOP: about {seconds:,.0f} s at {PLANNED_MFU:.0%} of {speed.matrix_flops / 1e9:,.0f} GFLOP/s"
-        )
-        return f"{length}, {limit}" if limit else length
+        length = f"{min(steps):,} steps = {tokens:,} tokens = {tokens / epoch_tokens:.2f} epochs, {flops:.1e} FLOP"
+        rate = f"about {seconds:,.0f} s at {PLANNED_MFU:.0%} of the {speed.matrix_flops:.1e} FLOP/s measured here"
+        return ", ".join([length, rate, *limit])
 
     @staticmethod
-    def _state_bytes(trainer: Trainer, module: LightningModule) -> int:
+    def _state_bytes(module: LightningModule) -> int:
         # Weights, gradients, two moments in float32; masters make weights and gradients 2 bytes and add 8.
         return parameter_count(module.network) * (20 if module.low_precision else 16)
 
@@ -72,10 +73,10 @@ def precision(trainer: Trainer, module: LightningModule) -> str:
     return f"{trainer.precision} with float32 master weights" if module.low_precision else str(trainer.precision)
 
 
-def trainer_time_limit(trainer: Trainer) -> str | None:
-    timer = next((c for c in trainer.callbacks if hasattr(c, "time_remaining")), None)
-    seconds = timer.time_remaining() if timer else None
-    return f"{seconds:,.0f} s" if seconds is not None else None
+def time_limit(trainer: Trainer) -> float | None:
+    """Seconds left of max_time."""
+    timer = next((c for c in trainer.callbacks if isinstance(c, Timer)), None)
+    return timer.time_remaining() if timer else None
 
 
 def print_pairs(title: str, rows: dict[str, str]) -> None:
@@ -85,5 +86,5 @@ def print_pairs(title: str, rows: dict[str, str]) -> None:
     )
     for name, value in rows.items():
         table.add_row(name, value)
-    console = Console(highlight=False, soft_wrap=False)
-    console.print(table)
+    # A pipe has no width: take one that logs can bear.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import transformers
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_modules import hardware
@@ -58,7 +59,7 @@ class Report(Callback):
             "tokens": tokens,
             "steps": trainer.global_step,
             "seconds": round(seconds, 3),
-            "tokens_per_second": (tokens - speed.first_tokens) / max(1e-9, speed.training_seconds),
+            "tokens_per_second": speed.mean_tokens_per_second(module),
             "mfu": (tokens - speed.first_tokens)
             * module.flops_per_token
             / max(1e-9, speed.training_seconds)
@@ -66,6 +67,7 @@ class Report(Callback):
             "parameters": parameter_count(module.network),
             "peak_memory_bytes": peak_memory_bytes(),
             "precision": precision(trainer, module),
+            "objective": module.objective,
             "hardware": hardware.describe(),
             "skipped_rows": sum(trainer.datamodule.describe()["skipped_rows"].values()),
             "baselines": compressors(trainer, seconds),
@@ -87,8 +89,12 @@ class Report(Callback):
         }
         if offline := offline_folder(trainer):
             rows["W&B"] = f"offline; upload it with: wandb sync {offline}   look at it with: wandb leet {offline}"
-        prompt = "def " if trainer.datamodule.path is None else "Once"
-        rows["next"] = f"python recipes/generate.py --model {shlex.quote(summary['model_dir'])} --prompt {prompt!r}"
+        model = shlex.quote(summary["model_dir"])
+        prompt = '"def "' if trainer.datamodule.path is None else '"Once"'
+        if summary["objective"] == "causal":
+            rows["next"] = f"python recipes/generate.py --model {model} --prompt {prompt}"
+        else:
+            rows["next"] = f"python recipes/score.py --model {model} --data.path README.md"
         return rows
 
 
@@ -105,8 +111,11 @@ def restore_best(trainer: Trainer, module: LightningModule) -> None:
 def save_model(folder: Path, module: LightningModule, tokenizer, card: str) -> None:
     """A folder that AutoModelFor….from_pretrained and AutoTokenizer load, with a card."""
     network = module.network
-    network.generation_config.eos_token_id = tokenizer.eos_token_id
-    network.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+    if network.can_generate():
+        network.generation_config.eos_token_id = tokenizer.eos_token_id
+        pad = tokenizer.pad_token_id
+        network.generation_config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+    transformers.utils.logging.disable_progress_bar()
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card)
@@ -128,13 +137,27 @@ def model_card(summary: dict, trainer: Trainer, module: LightningModule) -> str:
             "hardware",
         )
     )
-    return (
-        f"---\nlibrary_name: transformers\ntags: [language-model, pytorch-lightning]\n---\n\n# {name}\n\n"
-        f"{type(module.architecture).__name__} trained with the {module.objective} objective on {about['text']} "
-        f"({about['train_tokens']:,} tokens; held out: {about['val_tokens']:,}).\n\n"
-        f"| | |\n|---|---|\n{numbers}\n`val_loss` is in nats per token, over all held-out tokens; `val_bits_per_byte` "
-        f"divides the same sum by the UTF-8 bytes of the text.\n\nMade by:\n\n```\n{shlex.join(['python', *sys.argv])}\n```\n"
-    )
+    return f"""---
+library_name: transformers
+tags: [language-model, pytorch-lightning]
+---
+
+# {name}
+
+{type(module.architecture).__name__} trained with the {module.objective} objective on {about["text"]}
+({about["train_tokens"]:,} tokens; held out: {about["val_tokens"]:,}).
+
+| | |
+|---|---|
+{numbers}
+`val_loss` is in nats per token over the held-out text; `val_bits_per_byte` divides the same sum by its UTF-8 bytes.
+
+Made by:
+
+```
+{shlex.join(["python", *sys.argv])}
+```
+"""
 
 
 def peak_memory_bytes() -> int:
@@ -146,12 +169,13 @@ def peak_memory_bytes() -> int:
 
 
 def compressors(trainer: Trainer, seconds: float) -> dict[str, float]:
-    """Bits per byte of gzip and xz on the held-out documents, one after the other; {} where that would take long.
+    """Bits per byte of gzip and xz on the held-out documents, one after the other; {} where that would take long
+    or a model that sees both sides of a token would be compared.
 
     Where the run was long enough for it not to matter, also of xz that has read the training text first.
     """
     data, about = trainer.datamodule, trainer.datamodule.describe()
-    if about["val_bytes"] > MOST_COMPRESSED_BYTES:
+    if data.objective != "causal" or about["val_bytes"] > MOST_COMPRESSED_BYTES:
         return {}
     held_out = b"".join(data.val_documents())
     bits = 8 / max(1, len(held_out))

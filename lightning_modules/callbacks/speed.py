@@ -36,11 +36,8 @@ class Speed(Callback):
         self._resume()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
-        if (
-            trainer.global_step == 0
-            or trainer.global_step % trainer.log_every_n_steps
-            or trainer.fit_loop._should_accumulate()
-        ):
+        accumulating = trainer.fit_loop._should_accumulate()
+        if accumulating or trainer.global_step == 0 or trainer.global_step % trainer.log_every_n_steps:
             return
         self._pause()
         seconds, tokens = self._window
@@ -68,6 +65,13 @@ class Speed(Callback):
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._pause()
+
+    def mean_tokens_per_second(self, module: LightningModule) -> float:
+        """Over all training of this process so far."""
+        return (int(module.tokens) - self.first_tokens) / max(1e-9, self.training_seconds)
+
+    def mean_mfu(self, module: LightningModule) -> float:
+        return self.mean_tokens_per_second(module) * module.flops_per_token / self.matrix_flops
 
     def _pause(self) -> None:
         if self._running_since is not None:

@@ -1,0 +1,56 @@
+"""Toy runs for the tests: offline, one thread, seconds."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from datamodules.text import Text
+from lightning_modules.pretrain import CausalLM
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--rewrite-golden", action="store_true", help="write the golden losses anew")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Tests neither see nor fill the user's cache, but share one among themselves."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("LIGHTNING_LM_RUN_FOLDER", raising=False)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Eight small files of Python-like text, 12 kB."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(8):
+        lines = [f"def f{i}_{j}(x, y={j * i}):\n    return x * {j} + y - {i}\n\n" for j in range(30)]
+        (folder / f"{i}.py").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def toy(corpus):
+    """Builds (trainer, module, data) of a toy run; settings go to the one whose argument they are."""
+    from transformers import LlamaConfig
+
+    def make(*, module=CausalLM, architecture=None, trainer=None, data=None, **settings):
+        architecture = architecture or LlamaConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        )
+        texts = {"path": str(corpus), "tokenizer": "bytes", "seq_len": 32, "batch_size": 4, "val_fraction": 0.2}
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        runs = {"accelerator": "cpu", "max_steps": 3, "enable_progress_bar": False, "use_distributed_sampler": False}
+        text = Text(objective=module.objective, **(texts | (data or {})))
+        return Trainer(**(quiet | runs | (trainer or {}))), module(architecture, **settings), text
+
+    return make
