@@ -4,16 +4,11 @@ What is added: errors of one line, a folder for each run, precision by hardware,
 and keep a run.
 """
 
-import difflib
 import importlib
 import logging
 import os
-import re
 import sys
-import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -31,48 +26,16 @@ from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.report import Report
 from lightning_modules.callbacks.samples import Samples
 from lightning_modules.callbacks.speed import Speed
+from lightning_modules.command_line import OneLineParser, one_line_errors
 from lightning_modules.precision import BF16Weights
 from lightning_modules.schedules import Schedule
 
-PACKAGES = tuple(str(Path(__file__).parents[1] / name) for name in ("lightning_modules", "datamodules", "recipes"))
 RUN_FOLDER = "LIGHTNING_LM_RUN_FOLDER"
 """Environment variable by which the ranks that Lightning starts learn the folder that the first one chose."""
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """A user's mistake ends in one line and exit code 2: an OSError or ValueError that our own code raised on purpose.
-
-    Everything else keeps its traceback, and so does this under LIGHTNING_LM_TRACEBACK=1.
-    """
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        on_purpose = last.filename.startswith(PACKAGES) and (last.line or "").lstrip().startswith("raise ")
-        if not on_purpose or os.environ.get("LIGHTNING_LM_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-
-
-class Parser(LightningArgumentParser):
-    """Errors in one line, with the nearest flag that exists."""
-
-    def error(self, message: str, ex: Exception | None = None) -> None:
-        print(f"error: {explain(message, [flag for a in self._actions for flag in a.option_strings])}", file=sys.stderr)
-        sys.exit(2)
-
-
-def explain(message: str, flags: list[str]) -> str:
-    """A parser's complaint in one line; for a flag that does not exist: the nearest one that does."""
-    message = " ".join(message.split())
-    unknown = re.search(r"nrecognized arguments: (--[\w.+-]+)|[Kk]ey [\"']?([\w.]+)[\"']? (?:is not|does not)", message)
-    if not unknown:
-        return message
-    flag = unknown[1] or f"--{unknown[2]}"
-    near = difflib.get_close_matches(flag.split("=")[0], flags, n=1)
-    return f"there is no {flag}; " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
+class Parser(OneLineParser, LightningArgumentParser):
+    pass
 
 
 class SaveConfig(SaveConfigCallback):

@@ -226,14 +226,16 @@ class Scorer:
                     )
                 self.documents += 1
                 self.total.bytes += len(text.encode())
-                yield from self.rows_of_document(ids)
+                yield from self.rows_of_document(text, ids)
 
-    def rows_of_document(self, ids: Sequence[int]) -> Iterator[Row]:
+    def rows_of_document(self, text: str, ids: Sequence[int]) -> Iterator[Row]:
         if self.masked:
             return masked_rows(ids, self.tokenizer.mask_token_id, self.before, self.after, self.seq_len, self.stride)
         if self.start_id is None and ids:
             self.not_counted += 1
-            self.total.bytes -= len(self.tokenizer.decode(ids[:1]).encode())
+            first = self.tokenizer.decode(ids[:1])
+            # Part of a character decodes to another one: its bytes are left to the token that completes it.
+            self.total.bytes -= len(first.encode()) if text.startswith(first) else 0
         return causal_rows(ids, self.start_id, self.seq_len, self.stride)
 
     def score(self, documents: Iterable[str], batch_size: int | None = None) -> Likelihood:

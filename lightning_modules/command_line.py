@@ -1,0 +1,70 @@
+"""What every recipe's command line does with a user's mistake: one line on stderr and exit code 2."""
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+OURS = tuple(str(Path(__file__).parents[1] / name) for name in ("lightning_modules", "datamodules", "recipes"))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A user's mistake is an OSError or ValueError that our own code raises on purpose.
+
+    Everything else keeps its traceback, and so does this under LIGHTNING_LM_TRACEBACK=1.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        on_purpose = last.filename.startswith(OURS) and (last.line or "").lstrip().startswith("raise ")
+        if not on_purpose or os.environ.get("LIGHTNING_LM_TRACEBACK"):
+            raise
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+class OneLineParser(ArgumentParser):
+    """Says what is wrong with a flag in one line, not after a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        fail(explain(message, list(self._option_string_actions)))
+
+
+def explain(message: str, flags: list[str]) -> str:
+    """A parser's complaint in one line, with the nearest flag for one that does not exist."""
+    message = " ".join(message.split())
+    unknown = re.search(
+        r"nrecognized arguments: (--[\w.+-]+)|[Kk]ey [\"']?([\w.]+)[\"']? (?:is not|does not)|Option '(\w+)' is not",
+        message,
+    )
+    if unknown:
+        flag = unknown[1] or f"--{unknown[2] or unknown[3]}"
+        near = difflib.get_close_matches(flag, flags, n=1)
+        return f"there is no {_as_typed(flag)}; " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
+    key = re.search(r'Parser key "(.+?)": (.*)', message)
+    if not key:
+        return message
+    flag, complaint = _as_typed(f"--{key[1]}"), key[2]
+    if no_class := re.search(r"Expected a path but (\S+) either", complaint):
+        return f"{flag} {no_class[1]}: there is no such class; pass its name with its package, like torch.optim.AdamW"
+    if bad_value := re.search(r"(?:Given|Got) value: (.*)", complaint):
+        return f"{flag} does not take {bad_value[1]}; see --help"
+    return f"{flag}: {complaint}"
+
+
+def _as_typed(flag: str) -> str:
+    """A class's own parser names its field alone: --optimizer, where the command line said --model.optimizer."""
+    typed = (argument.split("=")[0] for argument in sys.argv)
+    return next((argument for argument in typed if argument.endswith(f".{flag[2:]}")), flag)

@@ -1,0 +1,135 @@
+"""Loading a language model that somebody left: a run's folder, a transformers folder or a Hub name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging
+
+import lightning_modules.lstm  # noqa: F401  (registers the LSTM with the Auto classes)
+
+Kind = Literal["causal", "masked", "encoder-decoder"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass
+class LoadedModel:
+    folder: str
+    kind: Kind
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that the model can read at once; None: any number."""
+        # Not every architecture has the field: T5's positions are relative, an LSTM has none.
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for module in self.model.modules():
+            # RoBERTa and its like leave the rows up to the padding's unused.
+            if isinstance(module, nn.Embedding) and module.num_embeddings == limit and module.padding_idx is not None:
+                return limit - module.padding_idx - 1
+        return limit
+
+
+def load(
+    model: str,
+    tokenizer: str | None = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    trust_remote_code: bool = False,
+    hub_is_within_reach: Callable[[], bool] = lambda: True,
+) -> LoadedModel:
+    """Model and tokenizer of a run's folder, a transformers folder or a Hub name, ready for inference.
+
+    `hub_is_within_reach` is asked where a name is no folder. Raises OSError or ValueError with one line where there is
+    nothing of the kind.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    device = pick_device(device)
+    folder = find_folder(model)
+    where = {"trust_remote_code": trust_remote_code}
+    if not all(Path(name).is_dir() for name in (folder, tokenizer or folder)):
+        # Without a network transformers would retry for 23 s before it looks into its cache.
+        where["local_files_only"] = not hub_is_within_reach()
+    try:
+        config = AutoConfig.from_pretrained(folder, **where)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{model} is no model's folder, nor a Hub name within reach ({reason})") from None
+    kind = model_kind(folder, config)
+    tokenizer_of_model = load_tokenizer(folder if tokenizer is None else tokenizer, **where)
+    loaders = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "encoder-decoder": AutoModelForSeq2SeqLM}
+    try:
+        network, info = loaders[kind].from_pretrained(folder, dtype=dtype, output_loading_info=True, **where)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the weights of {folder} cannot be read ({reason}); copy or download them again") from None
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{folder} lacks {len(missing)} weights of a {kind} model ({missing[0]}, …); pass a whole one")
+    return LoadedModel(folder, kind, network.to(device).eval(), tokenizer_of_model)
+
+
+def find_folder(model: str) -> str:
+    """The folder with the weights, which in a run is `model/`; what is no path here has to be a name on the Hub."""
+    path = Path(model).expanduser()
+    for folder in (path / "model", path):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    if path.exists():
+        raise FileNotFoundError(f"no config.json in {path} nor in {path / 'model'}; pass a run's or a model's folder")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or ("/" in model and path.parent.is_dir()):
+        raise FileNotFoundError(f"no such folder: {model}; pass a run's or a model's folder, or a Hub name")
+    return model
+
+
+def model_kind(folder: str, config: PreTrainedConfig) -> Kind:
+    if config.is_encoder_decoder:
+        return "encoder-decoder"
+    architecture = (config.architectures or ["no architecture"])[0]
+    if architecture.endswith("ForCausalLM") or architecture in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "causal"
+    if architecture.endswith("ForMaskedLM") or architecture in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return "masked"
+    raise ValueError(f"{folder} holds {architecture}, which has no language-model head; pass a causal or masked LM")
+
+
+def load_tokenizer(
+    folder: str, trust_remote_code: bool = False, local_files_only: bool = False
+) -> PreTrainedTokenizerBase:
+    missing = f"{folder} holds no tokenizer; copy tokenizer.json and tokenizer_config.json there, or pass --tokenizer"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=local_files_only
+        )
+    except (OSError, ValueError):
+        raise ValueError(missing) from None
+    # Without its files transformers makes up a tokenizer that knows its special tokens alone.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(missing)
+    return tokenizer
+
+
+def pick_device(device: Device) -> str:
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(name for name in found if found[name])
+    if not found[device]:
+        raise ValueError(f"--device {device}: this machine or this build of torch has none; leave the flag out")
+    return device
