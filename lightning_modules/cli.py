@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 from lightning_modules import hardware, tracking
 from lightning_modules.callbacks.horizon import Horizon
 from lightning_modules.callbacks.plan import Plan
+from lightning_modules.callbacks.predictions import Predictions
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.report import Report
 from lightning_modules.callbacks.samples import Samples
@@ -80,6 +81,16 @@ class RecipeCLI(LightningCLI):
         if self.subcommand == "fit":
             trainer.default_root_dir = str(run_folder(self.recipe, trainer.default_root_dir))
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # A class refused its arguments: a config's validation, an optimizer's range.
+            cause = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise ValueError(str(cause)) from error
+
     def instantiate_trainer(self, **settings) -> Trainer:
         trainer = self.config[self.subcommand].trainer
         if trainer.logger is None and self.subcommand == "fit":
@@ -92,6 +103,8 @@ class RecipeCLI(LightningCLI):
             # Without this the checkpoints would land in the folder of a logger.
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        if self.subcommand == "predict":
+            settings["callbacks"] = [*(self._get(self.config_init, "trainer")["callbacks"] or []), Predictions()]
         return super().instantiate_trainer(**settings)
 
     def after_instantiate_classes(self) -> None:

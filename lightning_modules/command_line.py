@@ -16,18 +16,36 @@ OURS = tuple(str(Path(__file__).parents[1] / name) for name in ("lightning_modul
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A user's mistake is an OSError or ValueError that our own code raises on purpose.
+    """A user's mistake is an OSError or ValueError that our own code raises on purpose, or what Lightning calls one.
 
     Everything else keeps its traceback, and so does this under LIGHTNING_LM_TRACEBACK=1.
     """
     try:
         yield
     except (OSError, ValueError) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        on_purpose = last.filename.startswith(OURS) and (last.line or "").lstrip().startswith("raise ")
-        if not on_purpose or os.environ.get("LIGHTNING_LM_TRACEBACK"):
+        # A library may have wrapped it on the way up.
+        purposes = [cause for cause in _causes(error) if _on_purpose(cause)]
+        if not purposes or os.environ.get("LIGHTNING_LM_TRACEBACK"):
+            raise
+        fail(str(purposes[0]))
+    except Exception as error:
+        # By name, so that recipes without Lightning start without it.
+        if type(error).__name__ != "MisconfigurationException" or os.environ.get("LIGHTNING_LM_TRACEBACK"):
             raise
         fail(str(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _on_purpose(error: BaseException) -> bool:
+    if not isinstance(error, OSError | ValueError) or error.__traceback__ is None:
+        return False
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return last.filename.startswith(OURS) and (last.line or "").lstrip().startswith("raise ")
 
 
 def fail(message: str) -> None:
@@ -52,7 +70,9 @@ def explain(message: str, flags: list[str]) -> str:
     if unknown:
         flag = unknown[1] or f"--{unknown[2] or unknown[3]}"
         near = difflib.get_close_matches(flag, flags, n=1)
-        return f"there is no {_as_typed(flag)}; " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
+        typed = _as_typed(flag)
+        prefix = typed.removesuffix(flag[2:])
+        return f"there is no {typed}; " + (f"did you mean {prefix}{near[0][2:]}?" if near else "--help lists the flags")
     key = re.search(r'Parser key "(.+?)": (.*)', message)
     if not key:
         return message

@@ -82,11 +82,12 @@ def _bias(mask: Tensor | None, causal: bool, B: int, H: int, T: int, like: Tenso
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / √(mean(x²) + eps), https://arxiv.org/abs/1910.07467; the root in float32, products in the dtype of x."""
+    """x / √(mean(x²) + eps), https://arxiv.org/abs/1910.07467; the root in float32 or more, products in x's dtype."""
 
     @staticmethod
     def forward(ctx, x, eps):
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_() / x.shape[-1]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_() / x.shape[-1]
         rstd = mean_square.add_(eps).rsqrt_()
         y = (x * rstd).to(x.dtype)
         ctx.save_for_backward(y, rstd.to(x.dtype))

@@ -99,6 +99,8 @@ class MuonAdamW(Optimizer):
     ):
         if not 1 <= iterations <= len(POLAR_EXPRESS):
             raise ValueError(f"MuonAdamW: iterations={iterations}; pass 1 to {len(POLAR_EXPRESS)}")
+        if lr < 0 or adamw_lr < 0:
+            raise ValueError(f"MuonAdamW: lr={lr}, adamw_lr={adamw_lr}; a learning rate is 0 or more")
         params = list(params)
         if not params or not isinstance(params[0], dict):
             matrices = [p for p in params if p.ndim == 2]
