@@ -43,6 +43,8 @@ class SaveConfig(SaveConfigCallback):
     """Writes config.yaml into the run's folder, so that `fit --config config.yaml` is the same run again."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
         folder = Path(trainer.default_root_dir)
         self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
