@@ -13,10 +13,12 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 from transformers import PreTrainedConfig
 
 from lightning_modules import hardware, tracking
@@ -47,6 +49,9 @@ class SaveConfig(SaveConfigCallback):
             return
         folder = Path(trainer.default_root_dir)
         self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_hyperparams(yaml.safe_load((folder / "config.yaml").read_text()))
 
 
 class RecipeCLI(LightningCLI):
@@ -108,6 +113,9 @@ class RecipeCLI(LightningCLI):
         if self.subcommand == "predict":
             settings["callbacks"] = [*(self._get(self.config_init, "trainer")["callbacks"] or []), Predictions()]
         return super().instantiate_trainer(**settings)
+
+    def after_fit(self) -> None:
+        tracking.finish(self.trainer.loggers)
 
     def after_instantiate_classes(self) -> None:
         if self.subcommand != "fit" and not self.config[self.subcommand].ckpt_path:

@@ -55,7 +55,6 @@ def wandb_logger(folder: Path, recipe: str) -> WandbLogger:
     """Online if there is a key and the server answers, otherwise offline: W&B never decides whether a run trains."""
     import wandb
 
-    settings = wandb.Settings(console="off", silent=True, init_timeout=20)
     logger = WandbLogger(
         name=folder.name,
         save_dir=str(folder),
@@ -63,8 +62,10 @@ def wandb_logger(folder: Path, recipe: str) -> WandbLogger:
         group=recipe,
         job_type=recipe,
         offline=wandb_mode() == "offline",
-        settings=settings,
+        settings=wandb.Settings(console="off", silent=True, init_timeout=20, finish_timeout=60),
     )
+    # Lightning passes an option that W&B no longer has, at the price of a warning at the top of every run.
+    logger._wandb_init.pop("anonymous", None)
     return logger
 
 
@@ -96,3 +97,10 @@ def define_metrics(logger: Logger) -> None:
     if isinstance(logger, WandbLogger):
         for name in METRICS:
             logger.experiment.define_metric(name, step_metric="tokens", step_sync=True)
+
+
+def finish(loggers: list[Logger]) -> None:
+    """Closes the W&B run, so that its file is whole; metrics.csv is, after each line."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()

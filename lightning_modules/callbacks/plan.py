@@ -5,8 +5,6 @@ import sys
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
-from rich.console import Console
-from rich.table import Table
 
 from lightning_modules.architectures import bytes_of, parameter_count
 from lightning_modules.callbacks.speed import Speed
@@ -80,11 +78,9 @@ def time_limit(trainer: Trainer) -> float | None:
 
 
 def print_pairs(title: str, rows: dict[str, str]) -> None:
-    """A table of two columns on standard output."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0)
-    )
+    """Two columns on standard output, unwrapped, so that a command or a path can be copied whole."""
+    width = max(map(len, rows))
+    print(f"\n\033[1m{title}\033[0m" if sys.stdout.isatty() else f"\n{title}")
     for name, value in rows.items():
-        table.add_row(name, value)
-    # A pipe has no width: take one that logs can bear.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+        print(f"{name:<{width}}  {value}")
+    print(flush=True)

@@ -88,7 +88,7 @@ class Report(Callback):
             "files": f"{trainer.default_root_dir}: config.yaml, metrics.csv, checkpoints/, model/, summary.json",
         }
         if offline := offline_folder(trainer):
-            rows["W&B"] = f"offline; upload it with: wandb sync {offline}   look at it with: wandb leet {offline}"
+            rows["W&B"] = f"offline; look at it with wandb leet, upload it with wandb sync {offline}"
         model = shlex.quote(summary["model_dir"])
         prompt = '"def "' if trainer.datamodule.path is None else '"Once"'
         if summary["objective"] == "causal":
