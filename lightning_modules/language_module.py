@@ -23,8 +23,6 @@ from lightning_modules.optim import Float32Master, adamw, parameter_groups
 from lightning_modules.precision import BF16Weights
 from lightning_modules.schedules import Cosine, Schedule
 
-ACCEPTED = ("input_ids", "position_ids", "attention_mask")
-
 
 class LanguageModule(LightningModule):
     """A language model in training; a subclass says with which objective.
@@ -111,7 +109,7 @@ class LanguageModule(LightningModule):
 
     def loss(self, batch: dict[str, Tensor], divisor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """(objective / divisor, sum of nats, number of labels) of a batch; only the first has a gradient."""
-        inputs = {name: batch[name] for name in ACCEPTED if name in batch} | self.decoder_inputs(batch)
+        inputs = network_inputs(batch, self.objective, self.architecture) | self.decoder_inputs(batch)
         labels_N = batch["labels"].flatten()
         count = (labels_N != IGNORED).sum()
         if self.head_loss is None:
@@ -172,13 +170,21 @@ class LanguageModule(LightningModule):
     def configure_optimizers(self) -> dict:
         groups = parameter_groups(self.network)
         optimizer = Float32Master(groups, self.optimizer) if self.low_precision else self.optimizer(groups)
-        if self.lr is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: self.schedule.factor(step, self.progress())
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Takes the rate that LearningRateFinder has set; a second group keeps its ratio to the first."""
+        if self.lr is None:
+            return
+        for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            scale = self.lr / scheduler.base_lrs[0]
+            scheduler.base_lrs = [lr * scale for lr in scheduler.base_lrs]
+            factor = self.schedule.factor(0, self.progress())
+            for group, lr in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+                group["initial_lr"], group["lr"] = lr, lr * factor
 
     def progress(self) -> float:
         """Part of the run that is done in the middle of the next step, 0 to 1: the largest of those of steps, epochs,
@@ -237,3 +243,21 @@ class LanguageModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.tokens = checkpoint["tokens"]
+
+
+def network_inputs(batch: dict[str, Tensor], objective: str, config: PreTrainedConfig) -> dict[str, Tensor | dict]:
+    """What a network reads of a batch.
+
+    Causal networks of transformers see from positions that restart where attention must end; bidirectional ones need
+    to be told, by a mask (B, 1, T, T) of the pairs that may see each other.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
+    if objective != "masked" or "position_ids" not in batch:
+        return inputs
+    documents_BT = (batch["position_ids"] == 0).cumsum(-1)
+    same_B1TT = documents_BT[:, None, :, None] == documents_BT[:, None, None, :]
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        return inputs | {"attention_mask": same_B1TT}
+    place_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    near_TT = (place_T[:, None] - place_T[None]).abs() <= config.sliding_window
+    return inputs | {"attention_mask": {"full_attention": same_B1TT, "sliding_attention": same_B1TT & near_TT}}
