@@ -44,9 +44,7 @@ def test_loss_and_gradients_equal_a_float64_oracle_for_every_tiling(head, tile_l
     expected, expected_nats = oracle(*tensors, labels, head)
     expected_gradients = torch.autograd.grad(expected / 13, tensors)
     hidden, weight, bias = tensors
-    objective, nats = linear_cross_entropy(
-        hidden, weight, labels, bias, head=head, divisor=13, tile_logits=tile_logits
-    )
+    objective, nats = linear_cross_entropy(hidden, weight, labels, bias, head=head, divisor=13, tile_logits=tile_logits)
     assert objective.item() * 13 == pytest.approx(expected.item(), rel=1e-6)
     assert nats.item() == pytest.approx(expected_nats.item(), rel=1e-6)
     for actual, wanted in zip(torch.autograd.grad(objective, tensors), expected_gradients, strict=True):

@@ -1,0 +1,24 @@
+"""Whether the Hugging Face Hub can be reached, asked once in place of a minute of retries."""
+
+import socket
+import urllib.request
+from functools import cache
+from urllib.parse import urlsplit
+
+
+@cache
+def is_within_reach() -> bool:
+    """Whether a connection to the Hub opens within five seconds; behind a proxy it is taken to."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    address = urlsplit(constants.ENDPOINT)
+    if urllib.request.getproxies().get(address.scheme):
+        return True
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname, port), timeout=5).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,313 @@
+"""Text to pretrain on: files, folders, a Hub data set or the standard library, as rows of tokens."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.base import Batch
+from datamodules.corpus import Split, open_corpus
+from datamodules.corruption import noise_counts, raw_length
+from datamodules.encode_corpus import corpus_tokenizer, encode_corpus
+from datamodules.encoding import token_bytes
+from datamodules.row_order import HeldOutOrder, TrainingOrder, consumed_after
+from datamodules.rows import CausalRows, DenoisingRows, MaskedRows, Rows
+from datamodules.sources import ContentHashes
+from datamodules.token_store import FORMAT_VERSION, TokenStore, TokenStream, open_store
+from datamodules.tokenization import document_start, fingerprint, require_special_tokens, sentinel_ids
+
+
+class Loader(DataLoader):
+    """Starts at the first batch, not at `iter()`, which Lightning may call before it has restored a checkpoint."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from super().__iter__()
+
+
+class Text(LightningDataModule):
+    """Rows of text. The text is tokenized once, into a folder of the cache that is named by its content.
+
+    Args:
+        path: Files, folders or globs (txt, md, py: a document each; jsonl, json, csv, tsv, parquet: a document a row;
+            .gz, .xz or .zst of them), or the name of a Hub data set ("owner/name", "owner/name:config"). Left out:
+            the Python standard library on this machine.
+        val_path: Held-out text, like `path`. Left out: a part of `path`.
+        val_fraction: Share of the files to hold out, by a hash of their content; of a single file its last part.
+        text_column: The column that holds the text, where a document is a row.
+        tokenizer: bpe (trained on the text), bytes, chars, a folder, "vocab.json,merges.txt", or a Hub name.
+        vocab_size: Ids of the bpe tokenizer, special tokens included.
+        seq_len: Tokens in a row.
+        batch_size: Rows in a micro-batch of one rank.
+        val_batch_size: Rows in a batch of validation. Left out: as `batch_size`.
+        num_workers: Processes that load rows beside the training process.
+        cross_document_attention: Whether tokens may attend to other documents in their row.
+        objective: causal (the next token), masked (BERT) or denoising (T5).
+        mask_fraction: Share of the tokens that are masked or replaced by sentinels.
+        mean_span: Mean tokens in a span of denoising.
+        max_val_rows: Validate on this many rows, spread evenly over the held-out text. Left out: on all.
+        on_bad_row: What to do with a row that cannot be read: stop with an error, or skip and count it.
+        cache_dir: Where tokens are kept. Left out: $XDG_CACHE_HOME or ~/.cache, and there lightning-lm-recipes.
+        seed: Decides the order of the rows and the noise, together with the number of rows consumed.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str] | None = None,
+        val_path: str | list[str] | None = None,
+        val_fraction: float = 0.05,
+        text_column: str = "text",
+        tokenizer: str = "bpe",
+        vocab_size: int = 4096,
+        seq_len: int = 256,
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        cross_document_attention: bool = True,
+        objective: Literal["causal", "masked", "denoising"] = "causal",
+        mask_fraction: float = 0.15,
+        mean_span: float = 3.0,
+        max_val_rows: int | None = None,
+        on_bad_row: Literal["error", "skip"] = "error",
+        cache_dir: str | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        at_least_one = {"seq_len": seq_len, "batch_size": batch_size, "val_batch_size": val_batch_size or batch_size}
+        for name, value in (at_least_one | {"mean_span": mean_span}).items():
+            if value < 1:
+                raise ValueError(f"--data.{name} is {value}; it must be 1 or more")
+        for name, share in (("val_fraction", val_fraction), ("mask_fraction", mask_fraction)):
+            if not 0 < share < 1:
+                raise ValueError(f"--data.{name} is {share}; it must lie between 0 and 1, both excluded")
+        if objective == "denoising" and seq_len < 3:
+            raise ValueError(f"--data.seq_len is {seq_len}; a row of denoising has 3 tokens or more")
+        self.path = path
+        self.val_path = val_path
+        self.val_fraction = val_fraction
+        self.text_column = text_column
+        self.tokenizer_name = tokenizer
+        self.bpe_vocab_size = vocab_size
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size
+        self.num_workers = num_workers
+        self.cross_document_attention = cross_document_attention
+        self.objective = objective
+        self.mask_fraction = mask_fraction
+        self.mean_span = mean_span
+        self.max_val_rows = max_val_rows
+        self.on_bad_row = on_bad_row
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else caches / "lightning-lm-recipes"
+        self.seed = seed
+        self.consumed = 0
+        """Rows trained on so far, by all ranks together."""
+        self._consumed_before_batch = 0
+        self.store: TokenStore | None = None
+
+    # Preparation
+
+    def prepare_data(self) -> None:
+        self._open(build=True)
+
+    def setup(self, stage: str) -> None:
+        if self.store is None:
+            self._open(build=False)
+        assert self.store is not None
+        self.vocab_size = _ids(self.tokenizer)
+        counts = self.store.val.counts
+        self.token_bytes: Tensor = token_bytes(
+            self.tokenizer, self.vocab_size, mean=counts.bytes / max(1, counts.tokens)
+        )
+        self.train_rows = self._rows(self.store.train)
+        self.val_rows = self._rows(self.store.val)
+        self.rows_per_epoch = len(self.train_rows)
+
+    def _open(self, build: bool) -> None:
+        """Finds the corpus, its tokenizer and its tokens; makes what is missing where `build` allows."""
+        hashes = ContentHashes(self.cache_dir / "file_hashes.json")
+        skip_bad_rows = self.on_bad_row == "skip"
+        self.corpus = open_corpus(self.path, self.val_path, self.val_fraction, self.text_column, skip_bad_rows, hashes)
+        self.tokenizer = corpus_tokenizer(
+            self.tokenizer_name, self.corpus, self.objective, self.bpe_vocab_size, self.cache_dir
+        )
+        require_special_tokens(self.tokenizer, self.objective, self._spans)
+        content = f"{FORMAT_VERSION} {self.corpus.digest} {fingerprint(self.tokenizer)}"
+        folder = self.cache_dir / "tokens" / hashlib.sha256(content.encode()).hexdigest()
+        self.store = open_store(folder)
+        if self.store is None and build:
+            self.store = encode_corpus(folder, self.corpus, self.tokenizer, _ids(self.tokenizer))
+        if self.store is None:
+            raise ValueError(f"{self._text_name} changed since its tokens were made; start again")
+        self._require_rows(self.store)
+
+    @property
+    def _spans(self) -> int:
+        """Spans of noise in a full row."""
+        if self.objective != "denoising":
+            return 0
+        length, _ = raw_length(self.seq_len, self.mask_fraction, self.mean_span)
+        return noise_counts(length, self.mask_fraction, self.mean_span)[1]
+
+    def _require_rows(self, store: TokenStore) -> None:
+        """Raises ValueError where there is less than a row to train on, or nothing to validate on."""
+        if len(store.train) <= self.seq_len:
+            raise ValueError(
+                f"{self._text_name} has {len(store.train):,} tokens to train on, less than one row; "
+                f"give more text or a --data.seq_len below {self.seq_len}"
+            )
+        if not store.val.counts.tokens:
+            raise ValueError(f"{self._text_name} leaves no text to hold out; pass --data.val_path")
+
+    @property
+    def _text_name(self) -> str:
+        if self.path is None:
+            return f"the standard library of Python {sys.version_info.major}.{sys.version_info.minor}"
+        return self.path if isinstance(self.path, str) else ", ".join(self.path)
+
+    # Rows
+
+    def _rows(self, stream: TokenStream) -> Rows:
+        start_id = document_start(self.tokenizer)
+        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else start_id
+        apart = not self.cross_document_attention
+        if self.objective == "causal":
+            return CausalRows(stream, self.seq_len, pad_id, apart)
+        if self.objective == "masked":
+            is_special_V = np.zeros(self.vocab_size, bool)
+            is_special_V[self.tokenizer.all_special_ids] = True
+            mask_id = self.tokenizer.mask_token_id
+            return MaskedRows(stream, self.seq_len, pad_id, apart, self.seed, self.mask_fraction, mask_id, is_special_V)
+        sentinels = sentinel_ids(self.tokenizer)
+        return DenoisingRows(
+            stream, self.seq_len, pad_id, start_id, apart, self.seed, self.mask_fraction, self.mean_span, sentinels
+        )
+
+    def _rank_and_ranks(self) -> tuple[int, int]:
+        """This process among those that see different rows: tensor-parallel ranks share theirs."""
+        sampler = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        return (sampler["rank"], sampler["num_replicas"]) if sampler else (0, 1)
+
+    def train_dataloader(self) -> Loader:
+        overfitting = self.trainer is not None and self.trainer.overfit_batches > 0
+        order = TrainingOrder(
+            self.rows_per_epoch,
+            self.batch_size,
+            self.seed,
+            (lambda: 0) if overfitting else (lambda: self.consumed),
+            *self._rank_and_ranks(),
+        )
+        return self._loader(self.train_rows, order)
+
+    def val_dataloader(self) -> Loader:
+        count = len(self.val_rows)
+        kept = min(count, self.max_val_rows or count)
+        rows_N = np.arange(kept) * count // kept
+        order = HeldOutOrder(rows_N, self.val_batch_size or self.batch_size, *self._rank_and_ranks())
+        return self._loader(self.val_rows, order)
+
+    def test_dataloader(self) -> Loader:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> Loader:
+        return self.val_dataloader()
+
+    def _loader(self, rows: Rows, order: TrainingOrder | HeldOutOrder) -> Loader:
+        return Loader(
+            rows,
+            batch_sampler=order,
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # the loader draws from it; the global one is for the model
+        )
+
+    # The place in the order of training
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        if self.trainer is not None and self.trainer.training:
+            self._consumed_before_batch = self.consumed
+            numbers_B = batch["rows"].numpy()
+            rank, ranks = self._rank_and_ranks()
+            self.consumed = consumed_after(numbers_B, self.consumed, self.batch_size, rank, ranks, self.rows_per_epoch)
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        consumed = self.consumed
+        if self.trainer is not None:
+            progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            if progress.ready > progress.processed:  # saved by an interruption in the middle of a batch
+                consumed = self._consumed_before_batch
+        return {"consumed": consumed, "seed": self.seed, "rows_per_epoch": self.rows_per_epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        for name, now in (("seed", self.seed), ("rows_per_epoch", self.rows_per_epoch)):
+            if state[name] != now:
+                raise ValueError(
+                    f"the checkpoint was trained with {name} = {state[name]}, and --data gives {now}: its place in "
+                    "the text means nothing here; resume with the same --data flags"
+                )
+        self.consumed = self._consumed_before_batch = state["consumed"]
+
+    # What it is
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """The text of each document of a split, in the order of its stream."""
+        return self.corpus.documents(split)
+
+    def val_documents(self, limit_bytes: int | None = None) -> list[bytes]:
+        """Held-out documents in UTF-8, whole ones from the first on, as many as fit into `limit_bytes`."""
+        documents, size = [], 0
+        for text in self.corpus.documents("val"):
+            document = text.encode()
+            size += len(document)
+            if limit_bytes is not None and documents and size > limit_bytes:
+                break
+            documents.append(document)
+        return documents
+
+    def describe(self) -> dict[str, object]:
+        """What the plan before training says of the text."""
+        assert self.store is not None, "describe() is for after setup()"
+        train, val, about = self.store.train.counts, self.store.val.counts, self.store.about
+        held_out = [source.name for source in self.corpus.val]
+        return {
+            "text": self._text_name,
+            "files": len(self.corpus.train) + len(self.corpus.val),
+            "held_out": held_out or f"the last {self.val_fraction:.1%} of {self.corpus.train[0].name}",
+            "tokenizer": self.tokenizer_name,
+            "vocab_size": self.vocab_size,
+            "train_documents": train.documents,
+            "train_bytes": train.bytes,
+            "train_tokens": train.tokens,
+            "val_documents": val.documents,
+            "val_bytes": val.bytes,
+            "val_tokens": val.tokens,
+            "bytes_per_token": round((train.bytes + val.bytes) / (train.tokens + val.tokens), 3),
+            "unknown_tokens": train.unknown + val.unknown,
+            "rows_per_epoch": self.rows_per_epoch,
+            "val_rows": len(self.val_rows),
+            "skipped_rows": about["skipped_rows"],
+            "empty_rows": about["empty_rows"],
+            "encoder": about["encoder"],
+            "cache": str(self.store.folder),
+        }
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id + 1."""
+    return max(tokenizer.get_vocab().values()) + 1
