@@ -26,7 +26,7 @@ test: setup ## the tests: no GPU, no network
 	$(BIN)/python -m pytest
 
 test-gpu: setup ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 lint: setup ## style and unused names
 	$(BIN)/ruff check .
