@@ -7,6 +7,7 @@ import torch
 from torch.optim import SGD
 
 from datamodules.base import IGNORED
+from lightning_modules.architectures import build
 from lightning_modules.schedules import Constant
 
 
@@ -37,6 +38,21 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_split(toy, batch_size, ac
     whole = weights_after_a_step(toy, 8, 1)
     split = weights_after_a_step(toy, batch_size, accumulate)
     torch.testing.assert_close(split, whole, rtol=0, atol=1e-6)
+
+
+def test_the_gradient_is_that_of_the_mean_over_the_labels_of_the_step(toy):
+    """Against transformers' logits and torch's own mean, on the rows that the step saw."""
+    stepped = weights_after_a_step(toy, 2, 4)
+    trainer, module, data = toy(data={"batch_size": 8}, trainer={"max_steps": 1, "limit_val_batches": 0})
+    seen = []
+    data.on_after_batch_transfer = lambda batch, dataloader_idx: seen.append(ragged(batch)) or batch
+    trainer.fit(module, data)
+    network = build(module.architecture, module.auto_class, seed=0)
+    (batch,) = seen
+    logits = network(batch["input_ids"]).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).backward()
+    plain = torch.cat([(p - p.grad).detach().flatten() for p in network.parameters()])
+    torch.testing.assert_close(stepped, plain, rtol=0, atol=1e-6)
 
 
 def test_clipping_by_norm_gives_the_chosen_norm(toy):
