@@ -28,6 +28,9 @@ def test_every_optimizer_lowers_the_loss(toy, name, precision):
     trainer, module, data = toy(optimizer=OPTIMIZERS[name], trainer=runs)
     trainer.fit(module, data)
     assert module.step_loss < 5.0, "log 257 is 5.55"
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert {p.dtype for p in module.network.parameters()} == {dtype}
+    assert {b.dtype for b in module.network.buffers()} == {torch.float32}, "rotary frequencies stay exact"
 
 
 def test_weight_decay_touches_matrices_and_embeddings_only():
