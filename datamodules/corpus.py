@@ -1,5 +1,6 @@
 """The text of a run: which sources are trained on, which are held out, and the documents of both."""
 
+import collections
 import hashlib
 import itertools
 import json
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from datamodules.documents import BadRows, Piece
+from datamodules.documents import BadRows, Piece, compression, text_format
 from datamodules.sources import ContentHashes, HubRows, Source, TextFile, find_files, hub_splits, is_hub_name
 from datamodules.sources import standard_library as standard_library_files
 
@@ -40,17 +41,25 @@ class Corpus:
         fraction = self.val_fraction if split == "val" else 1 - self.val_fraction
         return int(self.train[0].size * fraction)
 
-    def pieces(self, split: Split, bad_rows: BadRows | None = None) -> Iterator[Piece]:
-        """The documents of a split, each in one or more pieces."""
-        bad_rows = bad_rows or BadRows(self.skip_bad_rows)
+    def splits(self, bad_rows: BadRows) -> tuple[Iterator[Piece], Iterator[Piece]]:
+        """The pieces of both splits; the first is to be drawn to its end before the second."""
         if self.val:
-            for source in self.train if split == "train" else self.val:
-                yield from source.pieces(self.text_column, bad_rows)
-            return
+            train, val = (
+                itertools.chain.from_iterable(source.pieces(self.text_column, bad_rows) for source in sources)
+                for sources in (self.train, self.val)
+            )
+            return train, val
         (source,) = self.train
-        whole = source.pieces(self.text_column, bad_rows)
-        start, stop = (0, self._cut) if split == "train" else (self._cut, None)
-        yield from (_characters if source.is_one_document else itertools.islice)(whole, start, stop)
+        return _cut_in_two(source.pieces(self.text_column, bad_rows), self._cut, source.is_one_document)
+
+    def pieces(self, split: Split) -> Iterator[Piece]:
+        """The documents of a split, each in one or more pieces."""
+        train, val = self.splits(BadRows(self.skip_bad_rows))
+        if split == "train":
+            return train
+        if not self.val:
+            collections.deque(train, maxlen=0)
+        return val
 
     def documents(self, split: Split) -> Iterator[str]:
         """The text of each document, whole."""
@@ -127,17 +136,27 @@ def hold_out(sources: list[Source], fraction: float) -> tuple[list[Source], list
 
 
 def _kind(source: Source) -> str:
-    return "hub" if isinstance(source, HubRows) else "".join(source.path.suffixes[-2:])
+    return "hub" if isinstance(source, HubRows) else text_format(source.path) + compression(source.path)
 
 
-def _characters(pieces: Iterator[Piece], start: int, stop: int | None) -> Iterator[Piece]:
-    """The characters [start, stop) of one document."""
-    offset, begins = 0, True
-    for _, text in pieces:
-        kept = text[max(0, start - offset) : None if stop is None else max(0, stop - offset)]
-        offset += len(text)
-        if kept:
-            yield Piece(begins, kept)
-            begins = False
-        if stop is not None and offset >= stop:
-            return
+def _cut_in_two(whole: Iterator[Piece], cut: int, is_one_document: bool) -> tuple[Iterator[Piece], Iterator[Piece]]:
+    """The first `cut` characters of a document, or rows of a table, and the rest."""
+    rest: list[Piece] = []
+
+    def first() -> Iterator[Piece]:
+        left = cut
+        for piece in whole:
+            size = len(piece.text) if is_one_document else 1
+            if size > left:
+                if left:
+                    yield Piece(piece.begins_document, piece.text[:left])
+                rest.append(Piece(True, piece.text[left:]))
+                return
+            yield piece
+            left -= size
+
+    def second() -> Iterator[Piece]:
+        yield from rest
+        yield from whole
+
+    return first(), second()

@@ -47,12 +47,16 @@ class BadRows:
         self.skipped[file] += 1
 
 
+def compression(path: Path) -> str:
+    """ ".gz", ".xz" or ".zst", or "" for a file that is not compressed."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in COMPRESSIONS else ""
+
+
 def text_format(path: Path) -> str:
     """The suffix that says how a file is read, without its compression: ".txt" for every unknown one."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in ROW_FORMATS else ".txt"
+    suffix = Path(path.stem).suffix if compression(path) else path.suffix
+    return suffix.lower() if suffix.lower() in ROW_FORMATS else ".txt"
 
 
 def pieces(path: Path, text_column: str, bad_rows: BadRows) -> Iterator[Piece]:
@@ -114,11 +118,11 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _decompressed(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
+    if compression(path) == ".gz":
         return gzip.GzipFile(path)
-    if path.suffix == ".xz":
+    if compression(path) == ".xz":
         return lzma.LZMAFile(path)
-    if path.suffix == ".zst":
+    if compression(path) == ".zst":
         import pyarrow
 
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"), _BLOCK_BYTES)
@@ -222,7 +226,7 @@ def _parquet_values(path: Path, column: str) -> Iterator[tuple[int, object]]:
     import pyarrow.parquet
 
     with _opened(path) as stream:
-        source = stream if path.suffix == ".parquet" else io.BytesIO(stream.read())
+        source = io.BytesIO(stream.read()) if compression(path) else stream
         try:
             file = pyarrow.parquet.ParquetFile(source)
             if column not in file.schema_arrow.names:

@@ -66,7 +66,6 @@ class _Job:
     reference: Encoder | None
     start_id: int
     unknown_id: int | None
-    bad_rows: dict[Split, BadRows]
 
 
 def encode_corpus(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> TokenStore:
@@ -90,10 +89,9 @@ def _write(
 ) -> TokenStore:
     if reference and not same_ids(encoder, reference, TRICKY_TEXTS):
         raise DifferentIds("gives other ids than the tokenizer for unusual text")
-    bad_rows: dict[Split, BadRows] = {split: BadRows(corpus.skip_bad_rows) for split in ("train", "val")}
     # A byte-level tokenizer may name an unknown token (GPT-2 does) and never yields it.
     unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id != document_start(tokenizer) else None
-    job = _Job(corpus, encoder, reference, document_start(tokenizer), unknown_id, bad_rows)
+    job = _Job(corpus, encoder, reference, document_start(tokenizer), unknown_id)
     sources = [*corpus.train, *corpus.val]
     about: dict[str, object] = {
         "encoder": encoder.name,
@@ -101,8 +99,12 @@ def _write(
         "files": len(sources),
         "first_files": [source.name for source in sources[:100]],
     }
+    bad_rows = BadRows(corpus.skip_bad_rows)
+    train, val = corpus.splits(bad_rows)
     began = time.monotonic()
-    store = write_store(folder, _encoded(job, "train"), _finish(_encoded(job, "val"), job, about), vocab_size, about)
+    store = write_store(
+        folder, _encoded(job, train, "train"), _noting(_encoded(job, val, "val"), bad_rows, about), vocab_size, about
+    )
     seconds = time.monotonic() - began
     if seconds > _QUIET_SECONDS:
         size, tokens = store.train.counts.bytes + store.val.counts.bytes, len(store.train) + len(store.val)
@@ -110,18 +112,15 @@ def _write(
     return store
 
 
-def _finish(stretches: Iterator[Encoded], job: _Job, about: dict[str, object]) -> Iterator[Encoded]:
-    """Notes what was left out, once both splits have been read to the end."""
-    yield from stretches
-    # Held-out text that is the last part of the only source was found by reading the whole of it.
-    read = [job.bad_rows["val"]] if not job.corpus.val else list(job.bad_rows.values())
-    about["skipped_rows"] = dict(sum((rows.skipped for rows in read), collections.Counter()))
-    about["empty_rows"] = sum(rows.empty for rows in read)
+def _noting(val: Iterator[Encoded], bad_rows: BadRows, about: dict[str, object]) -> Iterator[Encoded]:
+    """Notes what was left out once the last split has been read to its end."""
+    yield from val
+    about["skipped_rows"] = dict(bad_rows.skipped)
+    about["empty_rows"] = bad_rows.empty
 
 
-def _encoded(job: _Job, split: Split) -> Iterator[Encoded]:
+def _encoded(job: _Job, pieces: Iterator[Piece], split: Split) -> Iterator[Encoded]:
     """The stream of a split, encoded by as many threads as there are cores, in order."""
-    pieces = job.corpus.pieces(split, job.bad_rows[split])
     if not job.encoder.takes_pieces:
         pieces = _whole_documents(pieces)
     if job.reference:

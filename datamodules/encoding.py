@@ -44,10 +44,11 @@ class Encoder:
 
 def encoders(tokenizer: PreTrainedTokenizerBase) -> list[Encoder]:
     """The ways to this tokenizer's ids, the fastest first and the tokenizer itself last."""
-    last = Encoder("the tokenizer itself", _own_encode(tokenizer), takes_pieces=False)
+    name, encode = "the tokenizer itself", _own_encode(tokenizer)
     if not tokenizer.is_fast:
-        return [last]
+        return [Encoder(name, encode, takes_pieces=False)]
     backend = _Backend(tokenizer.backend_tokenizer)
+    last = Encoder(name, encode, takes_pieces=backend.ends_words_at_blanks)
     if backend.spells_bytes:
         return [Encoder("a table of bytes", backend.encode_bytes, takes_pieces=True), last]
     if backend.spells_characters:
@@ -122,6 +123,15 @@ class _Backend:
             return False
         made = ["".join(merge) for merge in self.model["merges"]]
         return len(set(made)) == len(made)
+
+    @property
+    def ends_words_at_blanks(self) -> bool:
+        """Whether every word ends where `documents` cuts, whatever stands around."""
+        if self.is_byte_level:
+            return self.pre_tokenizer["use_regex"]
+        is_bert = (self.pre_tokenizer or {}).get("type") == "BertPreTokenizer"
+        plain = self.normalizer is None or self.normalizer["type"] == "BertNormalizer"
+        return is_bert and plain and all(token["special"] for token in self.added)
 
     def encode_bytes(self, texts: list[str]) -> list[np.ndarray]:
         return [self._id_of_byte[np.frombuffer(text.encode(), np.uint8)] for text in texts]

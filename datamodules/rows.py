@@ -1,9 +1,13 @@
-"""Datasets of rows, one an objective. Each hands out a whole batch at a time, as `base.py` describes it.
+"""Datasets of rows, one an objective, and their loader.
 
-A batch is asked for by a (2, B) array: the rows' numbers for `rows`, and which stored rows they are; -1 in both for a
-row without labels. Shape suffixes: B rows in a batch, T tokens in a row, U labels of a target row, V vocabulary.
+Each dataset hands out a whole batch at a time, as `base.py` describes it. A batch is asked for by a (2, B) array: the
+rows' numbers for `rows`, and which stored rows they are; -1 in both for a row without labels.
+
+Shape suffixes: B rows in a batch, T tokens in a row, U labels of a target row, V vocabulary.
 """
 
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -11,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import from_numpy
+from torch.utils.data import DataLoader, Sampler
 
 from datamodules.base import IGNORED, Batch
 from datamodules.corruption import corrupt_spans, mask_tokens, noise_spans, raw_length
@@ -140,7 +145,41 @@ class DenoisingRows:
             inputs_BT[i, : len(inputs)] = inputs
             labels_BU[i, : len(labels)] = labels
             is_text_BT[i, : len(inputs)] = True
-        batch = Batch(input_ids=from_numpy(inputs_BT), labels=from_numpy(labels_BU), rows=torch.from_numpy(numbers_B))
+        batch = Batch(input_ids=from_numpy(inputs_BT), labels=from_numpy(labels_BU), rows=from_numpy(numbers_B))
         if not is_text_BT.all():
             batch["attention_mask"] = from_numpy(is_text_BT.astype(np.int64))
         return batch
+
+
+class Loader(DataLoader):
+    """Starts at the first batch, not at `iter()`, which Lightning may call before it has restored a checkpoint."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from super().__iter__()
+
+    # Lightning warns of every loader that has no state of its own. The place of this one is in its datamodule's state.
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
+
+def row_loader(rows: Rows, order: Sampler[np.ndarray], num_workers: int) -> Loader:
+    """The batches of `rows` that `order` asks for."""
+    # Loading takes some 40 microseconds a batch, and Lightning advises workers to everyone; nor does it know our order.
+    warnings.filterwarnings("ignore", message=".*(does not have many workers|You are using a custom batch sampler)")
+    return Loader(
+        rows,
+        batch_sampler=order,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # the loader draws from it; the global one is for the model
+    )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

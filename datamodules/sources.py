@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datamodules import hub
-from datamodules.documents import COMPRESSIONS, ROW_FORMATS, TEXT_FORMATS, BadRows, Piece, pieces, text_format
+from datamodules.documents import ROW_FORMATS, TEXT_FORMATS, BadRows, Piece, compression, pieces, text_format
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -147,9 +147,8 @@ def _files_in(root: Path) -> list[Path]:
 
 def _is_known(name: str) -> bool:
     path = Path(name.lower())
-    if path.suffix in COMPRESSIONS:
-        path = path.with_suffix("")
-    return path.suffix in TEXT_FORMATS + ROW_FORMATS
+    suffix = Path(path.stem).suffix if compression(path) else path.suffix
+    return suffix in TEXT_FORMATS + ROW_FORMATS
 
 
 class ContentHashes:

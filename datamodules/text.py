@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import Batch
@@ -20,17 +18,10 @@ from datamodules.corruption import noise_counts, raw_length
 from datamodules.encode_corpus import corpus_tokenizer, encode_corpus
 from datamodules.encoding import token_bytes
 from datamodules.row_order import HeldOutOrder, TrainingOrder, consumed_after
-from datamodules.rows import CausalRows, DenoisingRows, MaskedRows, Rows
+from datamodules.rows import CausalRows, DenoisingRows, Loader, MaskedRows, Rows, row_loader
 from datamodules.sources import ContentHashes
 from datamodules.token_store import FORMAT_VERSION, TokenStore, TokenStream, open_store
 from datamodules.tokenization import document_start, fingerprint, require_special_tokens, sentinel_ids
-
-
-class Loader(DataLoader):
-    """Starts at the first batch, not at `iter()`, which Lightning may call before it has restored a checkpoint."""
-
-    def __iter__(self) -> Iterator[Batch]:
-        yield from super().__iter__()
 
 
 class Text(LightningDataModule):
@@ -81,9 +72,10 @@ class Text(LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        at_least_one = {"seq_len": seq_len, "batch_size": batch_size, "val_batch_size": val_batch_size or batch_size}
-        for name, value in (at_least_one | {"mean_span": mean_span}).items():
-            if value < 1:
+        at_least_one = {"seq_len": seq_len, "batch_size": batch_size, "mean_span": mean_span}
+        at_least_one |= {"val_batch_size": val_batch_size, "max_val_rows": max_val_rows}
+        for name, value in at_least_one.items():
+            if value is not None and value < 1:
                 raise ValueError(f"--data.{name} is {value}; it must be 1 or more")
         for name, share in (("val_fraction", val_fraction), ("mask_fraction", mask_fraction)):
             if not 0 < share < 1:
@@ -206,31 +198,20 @@ class Text(LightningDataModule):
             (lambda: 0) if overfitting else (lambda: self.consumed),
             *self._rank_and_ranks(),
         )
-        return self._loader(self.train_rows, order)
+        return row_loader(self.train_rows, order, self.num_workers)
 
     def val_dataloader(self) -> Loader:
         count = len(self.val_rows)
         kept = min(count, self.max_val_rows or count)
         rows_N = np.arange(kept) * count // kept
         order = HeldOutOrder(rows_N, self.val_batch_size or self.batch_size, *self._rank_and_ranks())
-        return self._loader(self.val_rows, order)
+        return row_loader(self.val_rows, order, self.num_workers)
 
     def test_dataloader(self) -> Loader:
         return self.val_dataloader()
 
     def predict_dataloader(self) -> Loader:
         return self.val_dataloader()
-
-    def _loader(self, rows: Rows, order: TrainingOrder | HeldOutOrder) -> Loader:
-        return Loader(
-            rows,
-            batch_sampler=order,
-            collate_fn=_as_it_is,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # the loader draws from it; the global one is for the model
-        )
 
     # The place in the order of training
 
@@ -302,10 +283,6 @@ class Text(LightningDataModule):
             "encoder": about["encoder"],
             "cache": str(self.store.folder),
         }
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -40,7 +40,7 @@ def write_rows(file: Path, rows: list[dict[str, object]] = ROWS) -> Path:
 
 
 def compress(file: Path, content: bytes) -> Path:
-    if file.suffix == ".zst":
+    if file.suffix.lower() == ".zst":
         with pyarrow.CompressedOutputStream(str(file), "zstd") as stream:
             stream.write(content)
     else:
@@ -65,7 +65,7 @@ def test_every_row_of_every_format_is_a_document(tmp_path, form, compression):
     assert read(write_rows(tmp_path / f"rows.{form}{compression}")) == TEXTS
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "a.tokens", "a", "a.txt.gz", "a.log.xz", "A.TXT.zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "a.tokens", "a", "a.txt.gz", "a.log.xz", "A.TXT.ZST"])
 def test_any_other_file_is_one_document_with_its_line_ends_as_they_are(tmp_path, name):
     text = "\n".join(TEXTS)
     assert "".join(read(compress(tmp_path / name, text.encode()))) == text

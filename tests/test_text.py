@@ -235,6 +235,7 @@ def fit(data: Text, module: LightningModule, ckpt_path: Path | None = None, **se
     trainer = Trainer(**quiet, use_distributed_sampler=False, num_sanity_val_steps=1, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=".*dataloader is not resumable")
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return trainer
 

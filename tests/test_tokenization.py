@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules import encode_corpus
 from datamodules.corpus import open_corpus
-from datamodules.documents import BadRows, pieces
+from datamodules.documents import _SAFE_CUT, BadRows, pieces
 from datamodules.encoding import TRICKY_TEXTS, Encoder, encoders, same_ids, token_bytes
 from datamodules.sources import ContentHashes
 from datamodules.tokenization import (
@@ -155,11 +155,12 @@ def test_a_long_file_has_the_ids_of_the_whole_though_it_is_encoded_in_pieces(tmp
         assert np.array_equal(np.concatenate(encode(parts)), encode([TEXT * 1000])[0])
 
 
-def test_pieces_end_only_where_a_word_does(tmp_path):
+@pytest.mark.parametrize("name", ["bpe", pytest.param("tok_bert_uncased", marks=needs_data)])
+def test_pieces_end_only_where_a_word_does(name):
     """Cuts every text at every place that counts as safe."""
-    from datamodules.documents import _SAFE_CUT
-
-    encode = encoders(made("bpe"))[0].encode
+    encoder = encoders(made(name) if name == "bpe" else load_tokenizer(str(DATA / name)))[0]
+    encode = encoder.encode
+    assert encoder.takes_pieces
     for text in [*TRICKY_TEXTS, *random_texts(), TEXT[:400]]:
         for match in _SAFE_CUT.finditer(text):
             halves = encode([text[: match.start()], text[match.start() :]])

@@ -1,0 +1,163 @@
+"""The benchmarks run at toy size and their page is written; what they find out is not tested."""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import data_tables
+import fused_loss
+import gpu
+import nanogpt_cpu
+import raw_row
+import recipe_row
+import run
+import tokens
+import trainer_row
+from memory import peak_bytes
+from page import Goal, Table, write
+from sizes import SMALL, Job
+from turns import NoMoreTurns, Row, interleave
+
+ROOT = Path(__file__).parents[1]
+TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TOY = replace(SMALL, fields={**SMALL.fields, **TINY, "num_key_value_heads": 2}, seq_len=16, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Job:
+    folder = tmp_path_factory.mktemp("benchmark")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        return tokens.prepare(TOY, folder, bf16=False)
+
+
+def answers(train, job: Job, steps: list[int]) -> list[dict]:
+    """What a row answers, in this process, to turns of so many steps, before the driver hangs up."""
+    (commands, to_row), (from_row, replies) = os.pipe(), os.pipe()
+    os.write(to_row, "".join(f"{count}\n" for count in steps).encode())
+    os.close(to_row)
+    with pytest.raises(NoMoreTurns):
+        train(replace(job, commands=commands, answers=replies))
+    os.close(replies)
+    with os.fdopen(from_row) as lines:
+        return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("best_settings", [False, True])
+@pytest.mark.parametrize("row", [raw_row, recipe_row, trainer_row], ids=lambda row: row.__name__)
+def test_a_row_does_the_steps_it_is_asked_for(row, best_settings, job):
+    if best_settings:  # on a machine whose bf16 is fast; it must run on any
+        job = replace(job, bf16=True, best_settings=True)
+    turns = answers(row.train, job, [1, 3])
+    assert [len(turn["seconds"]) for turn in turns] == [1, 3]
+    parameters = sum(p.numel() for p in nanochat(job).parameters())
+    assert all(turn["parameters"] == parameters and turn["peak_bytes"] > 0 for turn in turns)
+
+
+def nanochat(job: Job) -> torch.nn.Module:
+    from transformers import NanoChatForCausalLM
+
+    return NanoChatForCausalLM(job.size.architecture(job.vocab_size))
+
+
+def test_rows_are_processes_that_take_turns(job):
+    with Row("matrix_row.py", job, threads=1) as first, Row("matrix_row.py", job, threads=1) as second:
+        turns = interleave({"first": first, "second": second}, rounds=2, turn_seconds=0.01)
+    assert [len(row_turns) for row_turns in turns.values()] == [2, 2]
+    assert first.process.returncode == second.process.returncode == 0
+
+
+def test_a_row_that_fails_says_why(job):
+    with (
+        pytest.raises(RuntimeError, match="no_such_file"),
+        Row("matrix_row.py", replace(job, device="no_such_file"), threads=1) as row,
+    ):
+        row.turn(1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_all_ways_to_compute_the_loss_agree_with_float64():
+    shape = fused_loss.Shape(256, 300, 32)
+    truth = fused_loss.oracle(shape)
+    for way in fused_loss.WAYS:
+        assert fused_loss.measure_here(way, shape, repeats=1)["loss"] == pytest.approx(truth, abs=0.03), way
+
+
+def test_peak_memory_counts_what_was_freed_again():
+    before = peak_bytes()
+    torch.ones(64 * 2**20 // 4 + before // 4)
+    assert peak_bytes() >= before + 64 * 2**20
+
+
+def test_the_baseline_has_the_size_of_nanogpts_cpu_setting():
+    model = nanogpt_cpu.GPT(vocab_size=65)
+    assert sum(p.numel() for p in model.parameters()) == 804_096
+    ids = torch.randint(65, (2, 64))
+    changed = ids.clone()
+    changed[:, 40] = (changed[:, 40] + 1) % 65
+    difference = (model(ids) - model(changed)).abs().amax((0, 2))
+    assert difference[:40].max() == 0 and difference[40] > 0
+
+
+def test_the_baseline_learns_and_is_judged_on_the_whole_held_out_text():
+    torch.manual_seed(0)
+    model = nanogpt_cpu.GPT(vocab_size=5)
+    text = torch.arange(5).repeat(100)
+    at_first = nanogpt_cpu.loss_on(model, text)
+    nanogpt_cpu.train(model, text, steps=20)
+    assert nanogpt_cpu.loss_on(model, text) < at_first / 2
+    short = text[: 64 + 21]
+    with torch.no_grad():
+        parts = [F.cross_entropy(model(short[None, :64])[0], short[1:65], reduction="sum")]
+        parts.append(F.cross_entropy(model(short[None, 64:-1])[0], short[65:], reduction="sum"))
+    assert nanogpt_cpu.loss_on(model, short) == pytest.approx(float(sum(parts)) / 84, rel=1e-5)
+
+
+def test_what_the_data_scripts_print_is_read(corpus, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    flags = ["--path", str(corpus), "--seq_len", "32", "--batch_size", "2", "--rounds", "1"]
+    what, figures = data_tables.printed("loading.py", *flags)
+    assert "2 x 32" in what
+    assert len(figures) == 3 and min(figures.values()) > 0
+
+
+def test_the_gpu_run_of_tinyshakespeare_is_a_config_of_the_recipe(tmp_path, capsys):
+    from datamodules.text import Text
+    from lightning_modules.cli import main
+    from lightning_modules.language_module import LanguageModule
+    from lightning_modules.pretrain import CausalLM
+
+    file = tmp_path / "gpu.yaml"
+    file.write_text(json.dumps(gpu.nanogpt_gpu_config()))
+    with pytest.raises(SystemExit) as end:
+        main(LanguageModule, CausalLM, Text, file, ["fit", "--config", str(file), "--print_config"])
+    assert not end.value.code
+    assert "resid_pdrop: 0.2" in capsys.readouterr().out
+
+
+def test_the_page_holds_tables_and_verdicts(tmp_path):
+    goals = [Goal("fast", 0.98, at_least=0.97), Goal("small", 0.9, at_most=0.8)]
+    table = Table("Speed, 4L/128", "python benchmarks/run.py", ["", "tokens/s"], [["ours", "1,000"]], "A note.", goals)
+    table.print()
+    write(tmp_path / "docs" / "page.md", [table], "make bench", threads=2)
+    lines = (tmp_path / "docs" / "page.md").read_text().splitlines()
+    assert "| ours | 1,000 |" in lines and "A note." in lines
+    assert "| fast | at least 0.97 | 0.98 | reached |" in lines
+    assert "| small | at most 0.8 | 0.9 | not reached | [Speed, 4L/128](#speed-4l128) |" in lines
+
+
+def test_what_is_missing_is_said_before_anything_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments in (["--gpu"], ["--only", "time_to_loss", "--data.path", "no_such_file.txt"]):
+        with pytest.raises(SystemExit) as end:
+            run.main(arguments)
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
