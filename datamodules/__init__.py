@@ -1,5 +1,8 @@
 """What is trained on: one LightningDataModule a kind of data, one batch contract (`base.py`)."""
 
+import gc
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see lightning_modules/__init__.py
+# The same as in lightning_modules, which says why: whichever is imported first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+gc.set_threshold(50_000, 20, 100)

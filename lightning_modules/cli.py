@@ -4,6 +4,7 @@ What is added: errors of one line, a folder for each run, precision by hardware,
 and keep a run.
 """
 
+import gc
 import importlib
 import logging
 import os
@@ -154,6 +155,7 @@ def main(
 
     `default_config` is the run that happens when the command line names no --config; its stem is the recipe's name.
     """
+    gc.set_threshold(700, 10, 10)
     set_parsing_settings(subclasses_enabled=[Schedule, PreTrainedConfig])
     warnings.filterwarnings("ignore", module="lightning|torch")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):

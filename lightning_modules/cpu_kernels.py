@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-LONGEST = 1024
-"""Tokens up to which written-out attention is faster than torch's; beyond, T × T scores leave the cache."""
+LONGEST = 1023
+"""Tokens up to which attention is written out; beyond, it is hardly faster and its T × T probabilities cost memory."""
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -119,7 +120,7 @@ class _FastNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def _replacement(module: nn.Module) -> _FastNorm | None:
+def _fast_norm(module: nn.Module) -> _FastNorm | None:
     """The fast twin of an RMSNorm, or None where the module computes something else, found out by trying."""
     eps = next((getattr(module, name) for name in ("eps", "variance_epsilon") if hasattr(module, name)), None)
     weight = dict(module.named_parameters()).get("weight")
@@ -135,12 +136,16 @@ def _replacement(module: nn.Module) -> _FastNorm | None:
 def install(model: PreTrainedModel) -> list[str]:
     """Puts the fast parts into the model, in place; weights and their names stay. Returns what was replaced."""
     replaced = []
-    twins = {name: twin for name, module in model.named_modules() if (twin := _replacement(module)) is not None}
-    for name, twin in twins.items():
+    norms = {name: twin for name, module in model.named_modules() if (twin := _fast_norm(module)) is not None}
+    # Written as eight operations, each of which keeps its input for the backward pass.
+    gelus = {name: nn.GELU("tanh") for name, module in model.named_modules() if isinstance(module, NewGELUActivation)}
+    for name, twin in (norms | gelus).items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, twin)
-    if twins:
-        replaced.append(f"{len(twins)} RMSNorm")
+    if norms:
+        replaced.append(f"{len(norms)} RMSNorm")
+    if gelus:
+        replaced.append(f"{len(gelus)} GELU")
     if model._supports_sdpa and model.config._attn_implementation == "sdpa":
         AttentionInterface.register("cpu_bf16", attention)
         AttentionMaskInterface.register("cpu_bf16", sdpa_mask)

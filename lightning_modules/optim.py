@@ -208,9 +208,14 @@ class Float32Master(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Each gradient lives once: as float32 during the step, and not at all until the next backward.
         for parameter, master in zip(self.parameters, self.masters, strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+            if parameter.grad is not None:
+                master.grad = parameter.grad.float()
+                parameter.grad = None
         self.optimizer.step()
+        for master in self.masters:
+            master.grad = None
         torch._foreach_copy_(self.parameters, self.masters)
         return loss
 
