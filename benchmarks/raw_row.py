@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from turns import Turns, run_row
 
-from lightning_modules import cpu_kernels
+from lightning_modules import cpu_kernels, hardware
 from lightning_modules.architectures import HeadInput, build, find_head_loss, parameter_count
 from lightning_modules.losses import linear_cross_entropy
 from lightning_modules.optim import Float32Master, adamw, parameter_groups
@@ -43,6 +43,8 @@ def train(job: Job) -> None:
     head = find_head_loss(network, tap)
     assert head is not None, f"no fused loss for {job.size.config}"
     on_cpu = job.device == "cpu"
+    if on_cpu:
+        hardware.keep_freed_memory()
     if job.bf16 and on_cpu:
         if not job.compile:
             cpu_kernels.install(network)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lightning_modules import cpu_kernels
+from lightning_modules import cpu_kernels, hardware
 from lightning_modules.architectures import HeadInput, build, find_head_loss, fit_config, flops_per_token
 from lightning_modules.losses import IGNORED, HeadLoss, cross_entropy, linear_cross_entropy
 from lightning_modules.metrics import LanguageModelLoss
@@ -89,6 +89,8 @@ class LanguageModule(LightningModule):
         if rule is not None:
             self.head_loss = rule._replace(label_smoothing=self.label_smoothing, z_loss=self.z_loss)
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
+        if on_cpu:
+            hardware.keep_freed_memory()
         if on_cpu and self.low_precision and self.compile_network is not True:
             self.kernels = cpu_kernels.install(network)
         if self.compile_network is True or (self.compile_network == "auto" and not on_cpu):
