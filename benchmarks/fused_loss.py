@@ -98,7 +98,7 @@ def measure_here(way: str, shape: Shape, repeats: int) -> dict[str, float]:
 
 def measure(way: str, shape: Shape, repeats: int, threads: int) -> dict[str, float]:
     """The same in a fresh process."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000"}
     arguments = [sys.executable, str(Path(__file__)), way, *map(str, shape), str(repeats)]
     done = subprocess.run(arguments, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout)

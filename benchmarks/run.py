@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Idle OpenMP threads sleep; read when torch is loaded, so it stands before all imports that load it.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import cpu_kernels
 import data_tables

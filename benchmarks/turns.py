@@ -4,6 +4,7 @@ So threads, memory and imports are a row's own, only one of them computes at a t
 speed meets all rows alike.
 """
 
+import fcntl
 import json
 import os
 import statistics
@@ -61,8 +62,13 @@ class Turns:
 
 def run_row(train: Callable[[Job], None]) -> None:
     """What the script of a row does: `python raw_row.py JOB`."""
+    job = Job.from_json(sys.argv[1])
+    # Out of the way of libraries that close what they take for their own: torch's compiler did so now and then.
+    commands, answers = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 900) for fd in (job.commands, job.answers))
+    os.close(job.commands)
+    os.close(job.answers)
     try:
-        train(Job.from_json(sys.argv[1]))
+        train(Job(**(asdict(job) | {"size": job.size, "commands": commands, "answers": answers})))
     except NoMoreTurns:
         # Neither Lightning nor transformers needs to tidy up: the driver removes the folder.
         os._exit(0)
@@ -119,11 +125,11 @@ class Row:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of every row alike. Idle OpenMP threads sleep, as our packages set it for themselves."""
+    """Of every row alike. OpenMP threads wait as our packages set it for themselves."""
     ours = {name: value for name, value in os.environ.items() if name != "LIGHTNING_LM_RUN_FOLDER"}
     return ours | {
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "10000",
         "WANDB_MODE": "disabled",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -4,5 +4,5 @@ import gc
 import os
 
 # The same as in lightning_modules, which says why: whichever is imported first.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 gc.set_threshold(50_000, 20, 100)
