@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import warnings
+import zipfile
 from datetime import datetime
 from pathlib import Path
 
@@ -81,6 +82,10 @@ class RecipeCLI(LightningCLI):
             args[1:1] = ["--config", str(self.default_config)]
         self.config = parser.parse_args(args)
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would lay the checkpoint's settings over the command line here, in silence; the flags decide."""
+        check_checkpoint(self.config[self.config.subcommand].ckpt_path)
+
     def before_instantiate_classes(self) -> None:
         trainer = self.config[self.subcommand].trainer
         if trainer.precision is None:
@@ -109,7 +114,7 @@ class RecipeCLI(LightningCLI):
             settings |= {"precision": None, "plugins": [*(trainer.plugins or []), BF16Weights()]}
         for callback in self._get(self.config_init, "trainer")["callbacks"] or []:
             # Without this the checkpoints would land in the folder of a logger.
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            if self.subcommand == "fit" and isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         if self.subcommand == "predict":
             settings["callbacks"] = [*(self._get(self.config_init, "trainer")["callbacks"] or []), Predictions()]
@@ -127,6 +132,16 @@ def _objective(model: object) -> str:
     """What the datamodule's labels are follows from the module's class."""
     module, _, name = model.class_path.rpartition(".")
     return getattr(importlib.import_module(module), name).objective
+
+
+def check_checkpoint(path: str | None) -> None:
+    """Refuses a --ckpt_path that is not there or was cut off. A folder is a sharded checkpoint: its strategy's."""
+    if path is None or str(path) in ("last", "best", "hpc", "registry") or Path(path).is_dir():
+        return
+    if not Path(path).exists():
+        raise FileNotFoundError(f"--ckpt_path {path} does not exist; checkpoints are in a run's folder checkpoints/")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"--ckpt_path {path} is no whole checkpoint (cut off, or another file); take an earlier one")
 
 
 def run_folder(recipe: str, chosen: str | None) -> Path:

@@ -1,8 +1,7 @@
 """Attention and RMSNorm for bf16 on CPUs, put into transformers' models while they train there.
 
-torch's own are slow in bf16 on a CPU: at 8 × 256 tokens of 6 heads × 64, forward and backward, its flash attention
-takes 3.5 times as long as the products written out below, and an RMSNorm as transformers writes it 6 times as long as
-the one here (`python benchmarks/cpu_kernels.py` measures both). On a GPU, or compiled, none of this is used.
+torch's flash attention and transformers' RMSNorm are slow in bf16 on a CPU: `python benchmarks/run.py --only
+cpu_kernels` measures them beside the ones here. On a GPU, or compiled, none of this is used.
 
 Shape suffixes: B rows, H heads, G heads of keys and values, T tokens, K head size, X = B · H, C width.
 """

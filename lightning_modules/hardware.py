@@ -61,7 +61,7 @@ def best_precision(device: str) -> str:
 
 def keep_freed_memory() -> None:
     """Makes glibc reuse what tensors free instead of returning it to the kernel, which hands it back zeroed, page by
-    page: a quarter of the step of a small model. Blocks of more than 32 MiB still go back."""
+    page: a fifth of a small model's step (docs/experiments.md). Blocks of more than 32 MiB still go back."""
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)

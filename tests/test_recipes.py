@@ -153,6 +153,12 @@ def test_validate_and_test_and_predict_take_a_checkpoint(finished, tmp_path, cap
     assert mean == pytest.approx(summary["val_loss_final"], rel=1e-3)
 
 
+def test_validate_needs_no_folder(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("validate", **{"data.path": corpus, "data.tokenizer": "bytes", "trainer.limit_val_batches": 1})
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_best_weights_are_exported_not_the_last(corpus, tmp_path):
     """A learning rate that destroys the model after the first validation."""
     flags = {"trainer.max_steps": 8, "trainer.val_check_interval": 2, "model.optimizer": "torch.optim.SGD"}
@@ -182,6 +188,8 @@ MISTAKES = {
     "--model.architecture=transformers.T5Config": "T5Config has no AutoModelForCausalLM",
     "--model.schedule.warmup_fraction=2": "warmup_fraction=2.0",
     "--model.optimizer.iterations=9": "iterations=9; pass 1 to 5",
+    "--ckpt_path=/no/such.ckpt": "--ckpt_path /no/such.ckpt does not exist",
+    f"--ckpt_path={Path(__file__)}": "is no whole checkpoint",
     "--trainer.devices=0": "devices",
 }
 
