@@ -32,7 +32,10 @@ def matrix_flops(device: str, dtype: torch.dtype, threads: int) -> float:
         known = next((flops for key, flops in GPU_BF16_FLOPS.items() if key in name), None)
         if known is not None:
             return known
-    size = 1024 if device == "cpu" else 8192
+    return _measured_flops(device, dtype, 1024 if device == "cpu" else 8192)
+
+
+def _measured_flops(device: str, dtype: torch.dtype, size: int) -> float:
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(6):
@@ -44,18 +47,29 @@ def matrix_flops(device: str, dtype: torch.dtype, threads: int) -> float:
     return 2 * size**3 / best
 
 
+@cache
+def product_dtype(device: str) -> torch.dtype:
+    """bf16 where its matrix products are faster than float32's, float32 elsewhere.
+
+    On a CPU by measurement, of small products: one without bf16 instructions is 100 times slower at them.
+    """
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device != "cpu":
+        return torch.float32
+    bf16, float32 = (_measured_flops(device, dtype, 256) for dtype in (torch.bfloat16, torch.float32))
+    return torch.bfloat16 if bf16 > 1.5 * float32 else torch.float32
+
+
 def best_precision(device: str) -> str:
-    """The Trainer's precision that pays here, by measurement on a CPU.
+    """The Trainer's precision that pays here.
 
     bf16-true keeps float32 master weights in the optimizer (see `Float32Master`); on a CPU it is 1.3 times as fast as
     bf16-mixed, which converts all weights and most activations back and forth.
     """
+    fast = product_dtype(device) == torch.bfloat16
     if device == "cuda":
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
-    if device != "cpu":
-        return "32-true"
-    threads = torch.get_num_threads()
-    fast = matrix_flops("cpu", torch.bfloat16, threads) > 1.5 * matrix_flops("cpu", torch.float32, threads)
+        return "bf16-mixed" if fast else "16-mixed"
     return "bf16-true" if fast else "32-true"
 
 

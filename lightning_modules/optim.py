@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw as adamw_update
 
+from lightning_modules import hardware
+
 # Coefficients (a, b, c) of the odd polynomials a·X + b·(XXᵀ)X + c·(XXᵀ)²X, one an iteration, that bring all singular
 # values from [1e-3, 1] to 1 fastest: Polar Express, algorithm 1, https://arxiv.org/abs/2505.16932.
 POLAR_EXPRESS = (
@@ -52,8 +54,9 @@ def _tables(model: nn.Module) -> list[nn.Module]:
 
 
 def orthogonalize(matrices_MRC: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices UVᵀ of USVᵀ, about, in bf16: POLAR_EXPRESS. (M, R, C) to the same."""
-    X = matrices_MRC.bfloat16()
+    """The nearest semi-orthogonal matrices UVᵀ of USVᵀ, about: POLAR_EXPRESS. (M, R, C) to the same, in bf16 where that
+    is fast, else in float32."""
+    X = matrices_MRC.to(hardware.product_dtype(matrices_MRC.device.type))
     tall = X.size(-2) > X.size(-1)
     if tall:
         X = X.mT
