@@ -11,12 +11,15 @@ import os
 import sys
 import warnings
 import zipfile
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 import torch
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import DefaultHelpFormatter, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -43,6 +46,10 @@ class Parser(OneLineParser, LightningArgumentParser):
     pass
 
 
+class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of a recipe's docstring."""
+
+
 class SaveConfig(SaveConfigCallback):
     """Writes config.yaml into the run's folder, so that `fit --config config.yaml` is the same run again."""
 
@@ -59,16 +66,26 @@ class SaveConfig(SaveConfigCallback):
 class RecipeCLI(LightningCLI):
     """See `main`."""
 
-    def __init__(self, default_config: Path, default_model: type[LightningModule], **settings):
+    def __init__(
+        self, default_config: Path, default_model: type[LightningModule], args: list[str] | None = None, **settings
+    ):
         self.default_config = default_config
         self.default_model = default_model
         self.recipe = default_config.stem
-        super().__init__(**settings)
+        self.args = list(sys.argv[1:] if args is None else args)
+        super().__init__(args=args, **settings)
 
     def init_parser(self, **settings) -> LightningArgumentParser:
         parser = Parser(**settings)
         parser.add_argument("-c", "--config", action="config", help="A YAML with flags; several are merged in order.")
         return parser
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **settings) -> LightningArgumentParser:
+        """Flags only for the subcommand that is asked for: they cost a quarter of a second each."""
+        first = self.args[0] if self.args else "--help"
+        if first in ("-h", "--help") or (first in self.subcommands() and first != subcommand):
+            return self.init_parser(**settings)
+        return super()._prepare_subcommand_parser(klass, subcommand, **settings)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"model": {"class_path": f"{self.default_model.__module__}.{self.default_model.__name__}"}})
@@ -76,7 +93,7 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(Samples, "samples")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
-        args = list(sys.argv[1:] if args is None else args)
+        args = list(self.args)
         given = any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args)
         if args and args[0] in self.subcommands() and not given and self.default_config.exists():
             args[1:1] = ["--config", str(self.default_config)]
@@ -159,23 +176,37 @@ def run_folder(recipe: str, chosen: str | None) -> Path:
     return folder
 
 
+@contextmanager
+def no_empty_run_folder() -> Iterator[None]:
+    """Takes the folder away again where nothing came of the run."""
+    given = os.environ.get(RUN_FOLDER)
+    try:
+        yield
+    finally:
+        if (made := os.environ.get(RUN_FOLDER)) and made != given:
+            with suppress(OSError):  # not empty: there was a run
+                Path(made).rmdir()
+
+
 def main(
     model: type[LightningModule],
     default_model: type[LightningModule],
     data: type[LightningDataModule],
     default_config: Path,
+    description: str,
     args: list[str] | None = None,
 ) -> None:
     """Runs a recipe: any subclass of `model`, `default_model` unless named, on `data`.
 
     `default_config` is the run that happens when the command line names no --config; its stem is the recipe's name.
+    `description` opens the --help.
     """
     gc.set_threshold(700, 10, 10)
     set_parsing_settings(subclasses_enabled=[Schedule, PreTrainedConfig])
     warnings.filterwarnings("ignore", module="lightning|torch")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    with one_line_errors():
+    with one_line_errors(), no_empty_run_folder():
         RecipeCLI(
             default_config,
             default_model,
@@ -183,6 +214,7 @@ def main(
             subclass_mode_model=True,
             datamodule_class=data,
             args=args,
+            parser_kwargs={"description": description, "formatter_class": Formatter},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_callback=SaveConfig,

@@ -12,11 +12,12 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 OURS = tuple(str(Path(__file__).parents[1] / name) for name in ("lightning_modules", "datamodules", "recipes"))
+LIGHTNING = f"{os.sep}lightning{os.sep}pytorch{os.sep}"
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A user's mistake is an OSError or ValueError that our own code raises on purpose, or what Lightning calls one.
+    """A user's mistake is an OSError or ValueError that our own code or Lightning's raises on purpose.
 
     Everything else keeps its traceback, and so does this under LIGHTNING_LM_TRACEBACK=1.
     """
@@ -45,7 +46,8 @@ def _on_purpose(error: BaseException) -> bool:
     if not isinstance(error, OSError | ValueError) or error.__traceback__ is None:
         return False
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return last.filename.startswith(OURS) and (last.line or "").lstrip().startswith("raise ")
+    purposeful = last.filename.startswith(OURS) or LIGHTNING in last.filename
+    return purposeful and (last.line or "").lstrip().startswith("raise ")
 
 
 def fail(message: str) -> None:

@@ -41,12 +41,12 @@ TOY = {
 }
 
 
-def run(verb: str, **flags) -> None:
-    """`python recipes/pretrain.py VERB --flag value …` in this process."""
-    arguments = [f"--{name}={value}" for name, value in flags.items()]
+def run(*verb: str, **flags) -> None:
+    """`python recipes/pretrain.py VERB --flag value …` in this process; a flag of True stands alone."""
+    arguments = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
     # --config first: flags override it.
     arguments.sort(key=lambda argument: not argument.startswith("--config"))
-    old, sys.argv = sys.argv, ["recipes/pretrain.py", verb, *arguments]
+    old, sys.argv = sys.argv, ["recipes/pretrain.py", *verb, *arguments]
     try:
         runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="__main__")
     finally:
@@ -153,6 +153,11 @@ def test_validate_and_test_and_predict_take_a_checkpoint(finished, tmp_path, cap
     assert mean == pytest.approx(summary["val_loss_final"], rel=1e-3)
 
 
+def test_text_of_fewer_rows_than_the_validation_interval_is_trained_on(corpus, tmp_path):
+    summary = fit(tmp_path, corpus, **{"trainer.max_steps": 40, "trainer.val_check_interval": 250, "data.seq_len": 128})
+    assert summary["tokens"] < 40 * 4 * 128 and summary["steps"] == 40 and summary["val_loss"] > 0
+
+
 def test_validate_needs_no_folder(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("validate", **{"data.path": corpus, "data.tokenizer": "bytes", "trainer.limit_val_batches": 1})
@@ -176,6 +181,13 @@ def test_max_tokens_ends_the_run_and_the_schedule(corpus, tmp_path):
     assert summary["steps"] == 5 and summary["val_loss"] is not None
 
 
+def test_help_opens_with_the_recipe_and_names_the_subcommands(capsys):
+    for arguments, wanted in (((), "Pretrain a language model"), (("fit",), "--data.seq_len")):
+        with pytest.raises(SystemExit) as end:
+            run(*arguments, help=True)
+        assert not end.value.code and wanted in capsys.readouterr().out
+
+
 MISTAKES = {
     "--data.pth=x": "there is no --data.pth; did you mean --data.path?",
     "--model.optimizer=Nope": "--model.optimizer Nope: there is no such class",
@@ -191,14 +203,22 @@ MISTAKES = {
     "--ckpt_path=/no/such.ckpt": "--ckpt_path /no/such.ckpt does not exist",
     f"--ckpt_path={Path(__file__)}": "is no whole checkpoint",
     "--trainer.devices=0": "devices",
+    "--trainer.check_val_every_n_epoch=1 --trainer.val_check_interval=1000": "`val_check_interval` (1000) must be less",
 }
+
+
+def test_a_mistake_leaves_no_empty_folder(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run("fit", **{"data.path": corpus, "data.seq_len": 10**8, "data.tokenizer": "bytes"})
+    assert not list((tmp_path / "runs").iterdir())
 
 
 @pytest.mark.parametrize("flag", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(flag, corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)
-    name, _, value = flag[2:].partition("=")
-    flags = {"data.path": corpus, "trainer.default_root_dir": tmp_path, "data.tokenizer": "bytes"} | {name: value}
+    flags = {"data.path": corpus, "trainer.default_root_dir": tmp_path, "data.tokenizer": "bytes"}
+    flags |= dict(part[2:].split("=", 1) for part in flag.split())
     with pytest.raises(SystemExit) as stop:
         run("fit", **flags)
     assert stop.value.code == 2

@@ -1,0 +1,85 @@
+"""The commands of the README and of the recipes' docstrings run as they are written, at toy size."""
+
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pyarrow
+import pytest
+
+from tests.test_recipes import ROOT, SMALL, TOY, fit
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.py")), *sorted((ROOT / "recipes").glob("*.yaml"))]
+COMMAND = re.compile(r"python recipes/\w+\.py[^`\n]*")
+
+
+def commands() -> list[str]:
+    """Without those that only stand for a command: a name in capitals or an ellipsis as a flag's whole value."""
+    found = {m.strip() for path in DOCUMENTS for m in COMMAND.findall(path.read_text())}
+    return sorted(c for c in found if not re.search(r"NAME|--config …", c))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, corpus):
+    """A folder with what the commands name, under their names."""
+    folder = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        fit(folder / "run", corpus)
+    text = "".join(path.read_text() for path in corpus.iterdir())
+    rows = "".join(json.dumps({"body": part}) + "\n" for part in text.split("\n\n"))
+    with pyarrow.CompressedOutputStream(str(folder / "news.jsonl.zst"), "zstd") as stream:
+        stream.write(rows.encode())
+    (folder / "news.jsonl").write_text(rows[:1000].rsplit("\n", 1)[0])
+    (folder / "held_out.txt").write_text(text[:500])
+    (folder / "stories.txt").write_text(text[:300] + "<|endoftext|>" + text[300:600])
+    (folder / "prompt.txt").write_text("def f")
+    for name in ("texts", "my_texts"):
+        (folder / name).symlink_to(corpus)
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    return folder
+
+
+def test_there_are_commands():
+    verbs = {command.split()[1] for command in commands()}
+    assert {"recipes/pretrain.py", "recipes/generate.py", "recipes/score.py"} <= verbs and len(commands()) >= 12
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_runs_as_it_is_written(command, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    _, script, *arguments = shlex.split(command, comments=True)
+    arguments = [re.sub(r"^~", str(place), argument) for argument in arguments]
+    if "<" in arguments:
+        monkeypatch.setattr(sys, "stdin", open(arguments[-1]))  # noqa: SIM115
+        arguments = arguments[:-2]
+    if script == "recipes/pretrain.py":
+        arguments += toy_flags(arguments)
+    else:  # whatever model the command names
+        arguments[arguments.index("--model") + 1] = "run/model"
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, capsys.readouterr().err
+    assert capsys.readouterr().out.strip()
+
+
+def toy_flags(arguments: list[str]) -> list[str]:
+    """What makes a run small, as far as the command does not say it itself; devices stay one."""
+    given = {a.removeprefix("--") for a in arguments if a.startswith("--")}
+    config = next((Path(b) for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"), None)
+    text = (ROOT / (config or "recipes/pretrain.yaml")).read_text()
+    small = next(fields for name, fields in SMALL.items() if f"{name}\n" in text)
+    if "model.architecture" in given:
+        small = SMALL[arguments[arguments.index("--model.architecture") + 1].rpartition(".")[2]]
+    toy = TOY | {f"model.architecture.{name}": value for name, value in small.items()}
+    toy |= {} if "data.path" in given else {"data.path": "texts"}
+    if "data.tokenizer" in given:  # a Hub name, out of reach here
+        toy |= {"data.tokenizer": "bytes"}
+    forced = {"trainer.devices", "trainer.strategy", "trainer.max_steps", "data.tokenizer"}
+    return [f"--{name}={value}" for name, value in toy.items() if name not in given or name in forced]
