@@ -108,6 +108,9 @@ class RecipeCLI(LightningCLI):
         if trainer.precision is None:
             on_cpu = trainer.accelerator == "cpu" or not torch.cuda.is_available()
             trainer.precision = hardware.best_precision("cpu" if on_cpu else "cuda")
+        if isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch == 1:
+            # Steps counted on through epochs: text of fewer batches than the interval is trained on, too.
+            trainer.check_val_every_n_epoch = None
         if self.subcommand == "fit":
             trainer.default_root_dir = str(run_folder(self.recipe, trainer.default_root_dir))
 

@@ -203,7 +203,7 @@ MISTAKES = {
     "--ckpt_path=/no/such.ckpt": "--ckpt_path /no/such.ckpt does not exist",
     f"--ckpt_path={Path(__file__)}": "is no whole checkpoint",
     "--trainer.devices=0": "devices",
-    "--trainer.check_val_every_n_epoch=1 --trainer.val_check_interval=1000": "`val_check_interval` (1000) must be less",
+    "--trainer.check_val_every_n_epoch=2 --trainer.val_check_interval=1000": "`val_check_interval` (1000) must be less",
 }
 
 
