@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from lightning_modules import hardware
 from lightning_modules.optim import Float32Master, MuonAdamW, orthogonalize, parameter_groups
 
 OPTIMIZERS = {
@@ -43,10 +44,14 @@ def test_weight_decay_touches_matrices_and_embeddings_only():
     assert sum(len(g["params"]) for g in groups.values()) == len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(200, 8, 8), (50, 16, 4), (50, 4, 16), (3, 64, 64)])
-def test_orthogonalize_brings_all_singular_values_near_one(shape):
+def test_orthogonalize_brings_all_singular_values_near_one(shape, dtype, monkeypatch):
+    monkeypatch.setattr(hardware, "product_dtype", lambda device: dtype)
     torch.manual_seed(0)
-    singular = torch.linalg.svdvals(orthogonalize(torch.randn(shape)).float())
+    result = orthogonalize(torch.randn(shape))
+    singular = torch.linalg.svdvals(result.float())
+    assert result.dtype == dtype
     assert singular.max() < 1.3, "even where a matrix is nearly singular"
     assert singular.quantile(0.05) > 0.7
 
@@ -68,6 +73,25 @@ def test_muon_with_the_adamw_kinds_is_adamw():
         muon.step()
         adamw.step()
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("bf16_flops, precision", [(1e9, "32-true"), (1.4e11, "32-true"), (4e11, "bf16-true")])
+def test_precision_follows_what_products_cost_on_this_cpu(bf16_flops, precision, monkeypatch):
+    rates = {torch.bfloat16: bf16_flops, torch.float32: 1e11}
+    monkeypatch.setattr(hardware, "_measured_flops", lambda device, dtype, size: rates[dtype])
+    monkeypatch.setattr(hardware, "product_dtype", hardware.product_dtype.__wrapped__)
+    assert hardware.best_precision("cpu") == precision
+
+
+def test_float32_masters_give_the_weights_room_back_and_leave_the_rest_alone():
+    moved, frozen = (nn.Parameter(torch.ones(4, 3, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = Float32Master([{"params": [moved, frozen]}], lambda groups: torch.optim.SGD(groups, lr=0.5))
+    seen = []
+    optimizer.optimizer.register_step_pre_hook(lambda *_: seen.append((moved.numel(), frozen.numel())))
+    moved.grad = torch.ones_like(moved)
+    optimizer.step()
+    assert seen == [(0, 12)]  # while the float32 gradient exists, the weight does not
+    assert moved.shape == (4, 3) and moved.dtype == torch.bfloat16 and (moved == 0.5).all() and (frozen == 1).all()
 
 
 def test_float32_masters_keep_updates_that_bf16_would_round_away():
