@@ -167,7 +167,8 @@ def check_checkpoint(path: str | None) -> None:
 def run_folder(recipe: str, chosen: str | None) -> Path:
     """Makes and returns the folder of a run: the chosen one, or runs/<recipe>-<date>-<time>."""
     folder = Path(chosen or os.environ.get(RUN_FOLDER) or f"runs/{recipe}-{datetime.now():%Y%m%d-%H%M%S}")
-    os.environ[RUN_FOLDER] = str(folder)
+    if not chosen:
+        os.environ[RUN_FOLDER] = str(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
@@ -181,12 +182,12 @@ def run_folder(recipe: str, chosen: str | None) -> Path:
 
 @contextmanager
 def no_empty_run_folder() -> Iterator[None]:
-    """Takes the folder away again where nothing came of the run."""
-    given = os.environ.get(RUN_FOLDER)
+    """Takes away a folder that a recipe named and made itself, where nothing came of the run."""
+    before = os.environ.get(RUN_FOLDER)
     try:
         yield
     finally:
-        if (made := os.environ.get(RUN_FOLDER)) and made != given:
+        if (made := os.environ.get(RUN_FOLDER)) and made != before:
             with suppress(OSError):  # not empty: there was a run
                 Path(made).rmdir()
 

@@ -32,10 +32,7 @@ def matrix_flops(device: str, dtype: torch.dtype, threads: int) -> float:
         known = next((flops for key, flops in GPU_BF16_FLOPS.items() if key in name), None)
         if known is not None:
             return known
-    return _measured_flops(device, dtype, 1024 if device == "cpu" else 8192)
-
-
-def _measured_flops(device: str, dtype: torch.dtype, size: int) -> float:
+    size = 1024 if device == "cpu" else 8192
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(6):
@@ -49,16 +46,15 @@ def _measured_flops(device: str, dtype: torch.dtype, size: int) -> float:
 
 @cache
 def product_dtype(device: str) -> torch.dtype:
-    """bf16 where its matrix products are faster than float32's, float32 elsewhere.
+    """bf16 where matrix products are faster in it, float32 elsewhere.
 
-    On a CPU by measurement, of small products: one without bf16 instructions is 100 times slower at them.
+    By what the processor says of itself, not by timing it: all ranks, and the run that resumes, must decide alike.
+    Without AVX512_BF16 or AMX an x86 CPU is up to 100 times slower in bf16; on ARM it is not measured, so float32.
     """
     if device == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device != "cpu":
-        return torch.float32
-    bf16, float32 = (_measured_flops(device, dtype, 256) for dtype in (torch.bfloat16, torch.float32))
-    return torch.bfloat16 if bf16 > 1.5 * float32 else torch.float32
+    able = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
 def best_precision(device: str) -> str:

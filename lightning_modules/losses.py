@@ -136,7 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _blocks(n: int, v: int, device: str) -> list[slice]:
-    """Rows of a tile that are worked on together: on a CPU as many as its innermost large cache holds."""
+    """Rows of a tile that are worked on together: on a CPU so few that they stay in its cache from pass to pass."""
     r = max(1, 2**18 // v) if device == "cpu" else n
     return [slice(start, start + r) for start in range(0, n, r)]
 

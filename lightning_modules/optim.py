@@ -212,18 +212,20 @@ class Float32Master(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         pairs = [(p, master) for p, master in zip(self.parameters, self.masters, strict=True) if p.grad is not None]
-        # The weights make room for float32 gradients: they come back from the masters.
-        for parameter, _ in pairs:
-            parameter.data = parameter.data.new_empty(0)
-        # Each gradient lives once: as float32 during the step, and not at all until the next backward.
-        for parameter, master in pairs:
-            master.grad = parameter.grad.float()
-            parameter.grad = None
-        self.optimizer.step()
-        for _, master in pairs:
-            master.grad = None
-        for parameter, master in pairs:
-            parameter.data = master.to(parameter.dtype)
+        try:
+            # The weights make room for float32 gradients: they come back from the masters, whatever happens.
+            for parameter, _ in pairs:
+                parameter.data = parameter.data.new_empty(0)
+            # Each gradient lives once: as float32 during the step, and not at all until the next backward.
+            for parameter, master in pairs:
+                master.grad = parameter.grad.float()
+                parameter.grad = None
+            self.optimizer.step()
+        finally:
+            for _, master in pairs:
+                master.grad = None
+            for parameter, master in pairs:
+                parameter.data = master.to(parameter.dtype)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -75,12 +75,27 @@ def test_muon_with_the_adamw_kinds_is_adamw():
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("bf16_flops, precision", [(1e9, "32-true"), (1.4e11, "32-true"), (4e11, "bf16-true")])
-def test_precision_follows_what_products_cost_on_this_cpu(bf16_flops, precision, monkeypatch):
-    rates = {torch.bfloat16: bf16_flops, torch.float32: 1e11}
-    monkeypatch.setattr(hardware, "_measured_flops", lambda device, dtype, size: rates[dtype])
+@pytest.mark.parametrize(
+    "able, precision", [("avx2", "32-true"), ("avx512_bf16", "bf16-true"), ("amx_bf16", "bf16-true")]
+)
+def test_precision_follows_what_the_cpu_says_it_can_do(able, precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True})
     monkeypatch.setattr(hardware, "product_dtype", hardware.product_dtype.__wrapped__)
     assert hardware.best_precision("cpu") == precision
+
+
+def test_an_interrupted_step_leaves_the_weights_in_place():
+    weight = nn.Parameter(torch.ones(4, 3, dtype=torch.bfloat16))
+    optimizer = Float32Master([{"params": [weight]}], lambda groups: torch.optim.SGD(groups, lr=0.5))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    optimizer.optimizer.register_step_pre_hook(interrupt)
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert weight.shape == (4, 3) and (weight == 1).all()
 
 
 def test_float32_masters_give_the_weights_room_back_and_leave_the_rest_alone():

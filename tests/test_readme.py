@@ -1,5 +1,6 @@
 """The commands of the README and of the recipes' docstrings run as they are written, at toy size."""
 
+import io
 import json
 import re
 import runpy
@@ -54,7 +55,7 @@ def test_a_command_runs_as_it_is_written(command, place, monkeypatch, capsys):
     _, script, *arguments = shlex.split(command, comments=True)
     arguments = [re.sub(r"^~", str(place), argument) for argument in arguments]
     if "<" in arguments:
-        monkeypatch.setattr(sys, "stdin", open(arguments[-1]))  # noqa: SIM115
+        monkeypatch.setattr(sys, "stdin", io.StringIO(Path(arguments[-1]).read_text()))
         arguments = arguments[:-2]
     if script == "recipes/pretrain.py":
         arguments += toy_flags(arguments)

@@ -212,6 +212,11 @@ def test_a_mistake_leaves_no_empty_folder(corpus, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         run("fit", **{"data.path": corpus, "data.seq_len": 10**8, "data.tokenizer": "bytes"})
     assert not list((tmp_path / "runs").iterdir())
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    with pytest.raises(SystemExit):
+        run("fit", **{"data.path": corpus, "data.seq_len": 10**8, "trainer.default_root_dir": mine})
+    assert mine.is_dir()  # the user's own stays
 
 
 @pytest.mark.parametrize("flag", MISTAKES)
