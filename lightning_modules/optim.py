@@ -3,12 +3,12 @@
 Shape suffixes: M matrices of one shape, R rows, C columns.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.adamw import adamw as adamw_update
 
 from lightning_modules import hardware
@@ -25,6 +25,9 @@ POLAR_EXPRESS = (
 
 SAFETY = 1.01
 """Shrinks the argument of each polynomial: rounding to bf16 may lift a singular value over 1, where they blow up."""
+
+PART = 2**24
+"""Numbers whose float32 gradients `Float32Master` makes at a time: 64 MiB."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> list[dict]:
@@ -212,20 +215,15 @@ class Float32Master(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         pairs = [(p, master) for p, master in zip(self.parameters, self.masters, strict=True) if p.grad is not None]
-        try:
-            # The weights make room for float32 gradients: they come back from the masters, whatever happens.
-            for parameter, _ in pairs:
-                parameter.data = parameter.data.new_empty(0)
-            # Each gradient lives once: as float32 during the step, and not at all until the next backward.
-            for parameter, master in pairs:
+        for part in _parts(pairs) if _steps_each_alone(self.optimizer) else [pairs]:
+            # Each gradient lives once: as float32 during its step, and not at all until the next backward.
+            for parameter, master in part:
                 master.grad = parameter.grad.float()
                 parameter.grad = None
             self.optimizer.step()
-        finally:
-            for _, master in pairs:
+            for parameter, master in part:
                 master.grad = None
-            for parameter, master in pairs:
-                parameter.data = master.to(parameter.dtype)
+                parameter.copy_(master)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -241,3 +239,23 @@ class Float32Master(Optimizer):
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
         torch._foreach_copy_(self.masters, state_dict["masters"])
         torch._foreach_copy_(self.parameters, self.masters)
+
+
+def _steps_each_alone(optimizer: Optimizer) -> bool:
+    """Whether a step of some parameters and then of the others is the same as one of all: each has a state of its own,
+    and one without a gradient is left alone. So in torch.optim, but for LBFGS."""
+    ours = isinstance(optimizer, MuonAdamW)
+    return ours or (type(optimizer).__module__.startswith("torch.optim.") and not isinstance(optimizer, LBFGS))
+
+
+def _parts(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Runs of (parameter, master) of about PART numbers, so that few float32 gradients exist at a time."""
+    part, size = [], 0
+    for pair in pairs:
+        part.append(pair)
+        size += pair[0].numel()
+        if size >= PART:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part

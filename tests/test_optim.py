@@ -4,6 +4,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from lightning_modules import hardware
+from lightning_modules import optim
 from lightning_modules.optim import Float32Master, MuonAdamW, orthogonalize, parameter_groups
 
 OPTIMIZERS = {
@@ -98,15 +99,41 @@ def test_an_interrupted_step_leaves_the_weights_in_place():
     assert weight.shape == (4, 3) and (weight == 1).all()
 
 
-def test_float32_masters_give_the_weights_room_back_and_leave_the_rest_alone():
-    moved, frozen = (nn.Parameter(torch.ones(4, 3, dtype=torch.bfloat16)) for _ in range(2))
-    optimizer = Float32Master([{"params": [moved, frozen]}], lambda groups: torch.optim.SGD(groups, lr=0.5))
+def stepped(optimizer_class, steps=3, **settings):
+    """Weights after some steps, and how many float32 gradients each call of the inner optimizer saw."""
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(4, 3).bfloat16()) for _ in range(4)]
+    optimizer = Float32Master([{"params": weights}], lambda groups: optimizer_class(groups, **settings))
     seen = []
-    optimizer.optimizer.register_step_pre_hook(lambda *_: seen.append((moved.numel(), frozen.numel())))
-    moved.grad = torch.ones_like(moved)
-    optimizer.step()
-    assert seen == [(0, 12)]  # while the float32 gradient exists, the weight does not
-    assert moved.shape == (4, 3) and moved.dtype == torch.bfloat16 and (moved == 0.5).all() and (frozen == 1).all()
+    optimizer.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(sum(m.grad is not None for m in optimizer.masters))
+    )
+    for _ in range(steps):
+        for weight in weights[:3]:  # the last one has no gradient
+            weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    assert all(tensor.grad is None for tensor in weights + optimizer.masters)
+    return weights, seen
+
+
+@pytest.mark.parametrize(
+    "optimizer_class, settings",
+    [(torch.optim.AdamW, {"fused": True}), (torch.optim.SGD, {"momentum": 0.9}), (MuonAdamW, {"weight_decay": 0.1})],
+)
+def test_float32_masters_step_in_parts_as_in_one(optimizer_class, settings, monkeypatch):
+    whole, seen_whole = stepped(optimizer_class, lr=0.1, **settings)
+    monkeypatch.setattr(optim, "PART", 20)
+    parts, seen_parts = stepped(optimizer_class, lr=0.1, **settings)
+    assert seen_whole == [3] * 3 and seen_parts == [2, 1] * 3
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_an_optimizer_that_may_look_at_all_gradients_gets_them_at_once(monkeypatch):
+    class Joint(torch.optim.SGD):
+        pass
+
+    monkeypatch.setattr(optim, "PART", 1)
+    assert stepped(Joint, lr=0.1)[1] == [3] * 3
 
 
 def test_float32_masters_keep_updates_that_bf16_would_round_away():
