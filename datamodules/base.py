@@ -46,3 +46,5 @@ class TextData(Protocol):
     batch_size: int
     objective: str
     rows_per_epoch: int
+    batch_row: int
+    """Number, in the whole training, of the first row of the batch in hand: what a micro-batch's seed follows from."""

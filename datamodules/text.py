@@ -48,6 +48,7 @@ class Text(LightningDataModule):
         on_bad_row: What to do with a row that cannot be read: stop with an error, or skip and count it.
         cache_dir: Where tokens are kept. Left out: $XDG_CACHE_HOME or ~/.cache, and there lightning-lm-recipes.
         seed: Decides the order of the rows and the noise, together with the number of rows consumed.
+        allow_changed_data: Whether a checkpoint of other text, tokenizer, row length or seed may be gone on from.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Text(LightningDataModule):
         on_bad_row: Literal["error", "skip"] = "error",
         cache_dir: str | None = None,
         seed: int = 0,
+        allow_changed_data: bool = False,
     ):
         super().__init__()
         at_least_one = {"seq_len": seq_len, "batch_size": batch_size, "mean_span": mean_span}
@@ -101,8 +103,11 @@ class Text(LightningDataModule):
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else caches / "lightning-lm-recipes"
         self.seed = seed
+        self.allow_changed_data = allow_changed_data
         self.consumed = 0
         """Rows trained on so far, by all ranks together."""
+        self.batch_row = 0
+        """Number, in the whole training, of the first row of the batch in hand; -1 where this rank has none."""
         self._consumed_before_batch = 0
         self.store: TokenStore | None = None
 
@@ -219,6 +224,7 @@ class Text(LightningDataModule):
         if self.trainer is not None and self.trainer.training:
             self._consumed_before_batch = self.consumed
             numbers_B = batch["rows"].numpy()
+            self.batch_row = int(numbers_B[0])
             rank, ranks = self._rank_and_ranks()
             self.consumed = consumed_after(numbers_B, self.consumed, self.batch_size, rank, ranks, self.rows_per_epoch)
         return batch
@@ -229,16 +235,34 @@ class Text(LightningDataModule):
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             if progress.ready > progress.processed:  # saved by an interruption in the middle of a batch
                 consumed = self._consumed_before_batch
-        return {"consumed": consumed, "seed": self.seed, "rows_per_epoch": self.rows_per_epoch}
+        return {"consumed": consumed} | self._identity()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        for name, now in (("seed", self.seed), ("rows_per_epoch", self.rows_per_epoch)):
-            if state[name] != now:
-                raise ValueError(
-                    f"the checkpoint was trained with {name} = {state[name]}, and --data gives {now}: its place in "
-                    "the text means nothing here; resume with the same --data flags"
-                )
-        self.consumed = self._consumed_before_batch = state["consumed"]
+    def _identity(self) -> dict[str, int | str]:
+        """What a place in the order of training depends on."""
+        return {
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+            "objective": self.objective,
+            "text": self.corpus.digest,
+            "tokenizer": fingerprint(self.tokenizer),
+            "rows_per_epoch": self.rows_per_epoch,
+        }
+
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return
+        here = self._identity()
+        changed = [name for name in here if state.get(name) != here[name]]
+        if changed and not self.allow_changed_data:
+            name = changed[0]
+            raise ValueError(
+                f"the checkpoint was trained with another {name} ({_short(state.get(name))}; --data gives "
+                f"{_short(here[name])}): resume with the same --data flags, or go on with this one by "
+                "--data.allow_changed_data true"
+            )
+        # With other rows as many of them count as consumed as hold the same number of tokens.
+        tokens = int(state["consumed"]) * int(state["seq_len"])
+        self.consumed = self._consumed_before_batch = tokens // self.seq_len
 
     # What it is
 
@@ -288,3 +312,8 @@ class Text(LightningDataModule):
 def _ids(tokenizer: PreTrainedTokenizerBase) -> int:
     """The largest id + 1."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def _short(value: object) -> str:
+    """A hash by its beginning."""
+    return str(value) if len(str(value)) < 20 else f"{str(value)[:12]}…"

@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import warnings
-import zipfile
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,14 +25,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import WandbLogger
 from transformers import PreTrainedConfig
 
-from lightning_modules import hardware, tracking
+from lightning_modules import checkpoint_io, hardware, tracking
+from lightning_modules.callbacks.guard import Guard
 from lightning_modules.callbacks.horizon import Horizon
 from lightning_modules.callbacks.plan import Plan
 from lightning_modules.callbacks.predictions import Predictions
 from lightning_modules.callbacks.progress import Progress
+from lightning_modules.callbacks.recovery import Recovery
 from lightning_modules.callbacks.report import Report
 from lightning_modules.callbacks.samples import Samples
 from lightning_modules.callbacks.speed import Speed
+from lightning_modules.checkpoint_io import CheckpointFiles
 from lightning_modules.command_line import OneLineParser, one_line_errors
 from lightning_modules.precision import BF16Weights
 from lightning_modules.schedules import Schedule
@@ -91,6 +93,8 @@ class RecipeCLI(LightningCLI):
         parser.set_defaults({"model": {"class_path": f"{self.default_model.__module__}.{self.default_model.__name__}"}})
         parser.link_arguments("model", "data.objective", compute_fn=_objective)
         parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(Recovery, "recovery")
+        parser.add_lightning_class_args(Guard, "guard")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         args = list(self.args)
@@ -101,7 +105,8 @@ class RecipeCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would lay the checkpoint's settings over the command line here, in silence; the flags decide."""
-        check_checkpoint(self.config[self.config.subcommand].ckpt_path)
+        config = self.config[self.config.subcommand]
+        self.ckpt_path = find_checkpoint(config.ckpt_path, config.trainer.default_root_dir)
 
     def before_instantiate_classes(self) -> None:
         trainer = self.config[self.subcommand].trainer
@@ -123,6 +128,8 @@ class RecipeCLI(LightningCLI):
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             raise ValueError(str(cause)) from error
+        # Not in `config`: the saved one says "last" again.
+        self.config_init[self.subcommand].ckpt_path = self.ckpt_path
 
     def instantiate_trainer(self, **settings) -> Trainer:
         trainer = self.config[self.subcommand].trainer
@@ -130,15 +137,22 @@ class RecipeCLI(LightningCLI):
             settings["logger"] = tracking.loggers(Path(trainer.default_root_dir), self.recipe)
         elif self.subcommand != "fit":
             settings["logger"] = False
+        plugins = [*(trainer.plugins or [])]
+        if trainer.strategy == "auto" or "ddp" in str(trainer.strategy):  # the others write shards, in their own way
+            plugins.append(CheckpointFiles())
         if trainer.precision == "bf16-true" and trainer.strategy in ("auto", "ddp"):
-            settings |= {"precision": None, "plugins": [*(trainer.plugins or []), BF16Weights()]}
+            settings["precision"] = None
+            plugins.append(BF16Weights())
+        settings["plugins"] = plugins
         for callback in self._get(self.config_init, "trainer")["callbacks"] or []:
             # Without this the checkpoints would land in the folder of a logger.
             if self.subcommand == "fit" and isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         if self.subcommand == "predict":
             settings["callbacks"] = [*(self._get(self.config_init, "trainer")["callbacks"] or []), Predictions()]
-        return super().instantiate_trainer(**settings)
+        trainer = super().instantiate_trainer(**settings)
+        trainer.callbacks.sort(key=lambda callback: isinstance(callback, Recovery))  # it may leave: all others first
+        return trainer
 
     def after_fit(self) -> None:
         tracking.finish(self.trainer.loggers)
@@ -154,14 +168,25 @@ def _objective(model: object) -> str:
     return getattr(importlib.import_module(module), name).objective
 
 
-def check_checkpoint(path: str | None) -> None:
-    """Refuses a --ckpt_path that is not there or was cut off. A folder is a sharded checkpoint: its strategy's."""
-    if path is None or str(path) in ("last", "best", "hpc", "registry") or Path(path).is_dir():
-        return
-    if not Path(path).exists():
-        raise FileNotFoundError(f"--ckpt_path {path} does not exist; checkpoints are in a run's folder checkpoints/")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"--ckpt_path {path} is no whole checkpoint (cut off, or another file); take an earlier one")
+def find_checkpoint(asked: str | None, folder: str | None) -> str | None:
+    """The file that --ckpt_path stands for: of "last" the newest whole one of the run's folder, None where there is
+    none yet. A folder is a sharded checkpoint: its strategy's."""
+    if asked is None:
+        return None
+    if str(asked) == "last":
+        if folder is None:
+            raise ValueError("--ckpt_path last needs --trainer.default_root_dir, the folder of the run to go on with")
+        path = checkpoint_io.newest(Path(folder) / "checkpoints")
+        if path is None and "LOCAL_RANK" not in os.environ:
+            print(f"no checkpoint in {folder}/checkpoints yet: the run begins", file=sys.stderr)
+        return path and str(path)
+    if "://" in str(asked):
+        raise ValueError(f"--ckpt_path {asked} is no file of this machine; fetch it first")
+    if not Path(asked).exists():
+        raise FileNotFoundError(f"--ckpt_path {asked} does not exist; checkpoints are in a run's folder checkpoints/")
+    if Path(asked).is_file():
+        checkpoint_io.verify(Path(asked))
+    return str(asked)
 
 
 def run_folder(recipe: str, chosen: str | None) -> Path:

@@ -50,9 +50,9 @@ def _on_purpose(error: BaseException) -> bool:
     return purposeful and (last.line or "").lstrip().startswith("raise ")
 
 
-def fail(message: str) -> None:
+def fail(message: str, code: int = 2) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 class OneLineParser(ArgumentParser):

@@ -3,20 +3,20 @@
 Shape suffixes: B rows, T tokens of a row, N tokens with a label, C width, V vocabulary.
 """
 
+import json
 import os
 from typing import ClassVar, Literal
 
 import torch
 from jsonargparse import lazy_instance
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_modules import cpu_kernels, hardware
 from lightning_modules.architectures import HeadInput, build, find_head_loss, fit_config, flops_per_token
+from lightning_modules.exact_step import ExactStep
 from lightning_modules.losses import IGNORED, HeadLoss, cross_entropy, linear_cross_entropy
 from lightning_modules.metrics import LanguageModelLoss
 from lightning_modules.optim import Float32Master, adamw, parameter_groups
@@ -24,7 +24,7 @@ from lightning_modules.precision import BF16Weights
 from lightning_modules.schedules import Cosine, Schedule
 
 
-class LanguageModule(LightningModule):
+class LanguageModule(ExactStep):
     """A language model in training; a subclass says with which objective.
 
     Args:
@@ -68,11 +68,7 @@ class LanguageModule(LightningModule):
         self.head_loss: HeadLoss | None = None
         self.lr: float | None = None
         self.validation = LanguageModelLoss()
-        self.tokens = 0
         self.kernels: list[str] = []
-        self._sums: Tensor | None = None
-        self._nominal = 1
-        self._seed = 0
 
     # The network
 
@@ -81,8 +77,8 @@ class LanguageModule(LightningModule):
             return
         data = self.trainer.datamodule
         fit_config(self.architecture, data.tokenizer, data.vocab_size, data.seq_len)
-        self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        network = build(self.architecture, self.auto_class, self._seed).train()
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        network = build(self.architecture, self.auto_class, self.seed).train()
         self.token_bytes = data.token_bytes
         self.tap = HeadInput(network)
         rule = find_head_loss(network, self.tap)
@@ -110,7 +106,6 @@ class LanguageModule(LightningModule):
     # The loss
 
     def loss(self, batch: dict[str, Tensor], divisor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """(objective / divisor, sum of nats, number of labels) of a batch; only the first has a gradient."""
         inputs = network_inputs(batch, self.objective, self.architecture) | self.decoder_inputs(batch)
         labels_N = batch["labels"].flatten()
         count = (labels_N != IGNORED).sum()
@@ -120,7 +115,8 @@ class LanguageModule(LightningModule):
             return *cross_entropy(logits_NV, labels_N, head=head, divisor=divisor), count
         with self.tap.tapped() as tap:
             self.network(**inputs, use_cache=False)
-        hidden_NC = tap.hidden.flatten(0, 1)
+        # Not kept: what hangs on it would stay in memory until the next forward pass.
+        hidden_NC, tap.hidden = tap.hidden.flatten(0, 1), None
         if self.keep_only_labels:
             keep_N = labels_N != IGNORED
             hidden_NC, labels_N = hidden_NC[keep_N], labels_N[keep_N]
@@ -129,43 +125,6 @@ class LanguageModule(LightningModule):
 
     def decoder_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {}
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The *sum* of the loss over a constant: `on_before_optimizer_step` divides by the tokens of the whole step."""
-        data = self.trainer.datamodule
-        # Any constant would do that all micro-batches and ranks of a step share; this one keeps float16 in range.
-        self._nominal = data.batch_size * data.seq_len
-        objective, nats, count = self.loss(batch, divisor=self._nominal)
-        tokens = (batch["rows"] >= 0).sum() * batch["input_ids"].shape[1]
-        sums = torch.stack([nats.double(), count.double(), tokens.double()])
-        self._sums = sums if self._sums is None else self._sums + sums
-        if self.l1:
-            # Counted once a token, so that it, too, does not depend on how the step is split.
-            absolute = sum(p.abs().sum() for p in self.network.parameters() if p.ndim >= 2)
-            objective = objective + self.l1 * absolute * (count / self._nominal)
-        return objective
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        nats, count, tokens = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
-        self._sums = None
-        # Lightning has divided by accumulate_grad_batches, DDP by the ranks, training_step by its constant.
-        scale = self._nominal * self.trainer.accumulate_grad_batches * self.trainer.world_size / count.clamp(min=1)
-        if scale.device.type != "cpu" or scale != 1:
-            torch._foreach_mul_([p.grad for p in self.network.parameters() if p.grad is not None], scale)
-        self.tokens = self.tokens + tokens.long()
-        self.step_loss = nats / count
-
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clips by the norm over all gradients in float32, under every precision, fused optimizers included."""
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self.network.parameters(), gradient_clip_val)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
-        if gradient_clip_val and gradient_clip_algorithm != "value":
-            factor = gradient_clip_val / (norm + 1e-6)
-            if factor.device.type != "cpu" or factor < 1:
-                torch._foreach_mul_(gradients, factor.clamp(max=1))
-        self.step_grad_norm = norm
 
     # Optimizer and schedule
 
@@ -179,6 +138,7 @@ class LanguageModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Takes the rate that LearningRateFinder has set; a second group keeps its ratio to the first."""
+        super().on_train_start()
         if self.lr is None:
             return
         for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
@@ -241,10 +201,23 @@ class LanguageModule(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["tokens"] = int(self.tokens)
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["architecture"] = comparable(self.architecture)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.tokens = checkpoint["tokens"]
+        there, here = checkpoint["architecture"], comparable(self.architecture)
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                raise ValueError(
+                    f"the checkpoint has {name} = {there.get(name)}, --model.architecture gives {here.get(name)}; "
+                    "resume with the flags of the run's config.yaml"
+                )
+        super().on_load_checkpoint(checkpoint)
+
+
+def comparable(config: PreTrainedConfig) -> dict[str, object]:
+    """What makes a network the one it is, in types that a checkpoint may hold."""
+    return json.loads(config.to_json_string(use_diff=False))
 
 
 def network_inputs(batch: dict[str, Tensor], objective: str, config: PreTrainedConfig) -> dict[str, Tensor | dict]:

@@ -1,5 +1,6 @@
 """Where a run's numbers go: metrics.csv always, Weights & Biases online when logged in, offline when not."""
 
+import csv
 import netrc
 import os
 import socket
@@ -90,6 +91,18 @@ def _in_netrc(host: str) -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def forget_after(loggers: list[Logger], step: int) -> None:
+    """Drops what metrics.csv says of steps after `step`, which are done again."""
+    for logger in loggers:
+        if isinstance(logger, MetricsCSV) and (file := Path(logger.log_dir) / "metrics.csv").is_file():
+            with file.open(newline="") as lines:
+                header, *rows = list(csv.reader(lines))
+            at = header.index("step")
+            kept = [row for row in rows if int(row[at]) < step]  # Lightning numbers steps from 0
+            with file.open("w", newline="") as lines:
+                csv.writer(lines, lineterminator="\n").writerows([header, *kept])
 
 
 def define_metrics(logger: Logger) -> None:

@@ -3,8 +3,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from lightning_modules import hardware
-from lightning_modules import optim
+from lightning_modules import hardware, optim
 from lightning_modules.optim import Float32Master, MuonAdamW, orthogonalize, parameter_groups
 
 OPTIMIZERS = {

@@ -302,12 +302,21 @@ def test_overfitting_sees_the_same_batch_again_and_again(folder):
 
 def test_other_data_cannot_take_up_a_checkpoints_place(folder):
     state = text(folder).state_dict()
-    for settings in ({"seed": 1}, {"seq_len": 16}):
-        with pytest.raises(ValueError, match="the checkpoint was trained with (seed|rows_per_epoch) = .* same --data"):
+    other = {"seed": {"seed": 1}, "seq_len": {"seq_len": 16}, "tokenizer": {"tokenizer": "chars"}}
+    other["text"] = {"text_column": "another"}
+    for field, settings in other.items():
+        with pytest.raises(ValueError, match=f"another {field} .* resume with the same --data.*allow_changed_data"):
             text(folder, **settings).load_state_dict(state)
     other_batch_size = text(folder, batch_size=2)
     other_batch_size.load_state_dict(state | {"consumed": 8})
     assert next(iter(other_batch_size.train_dataloader()))["rows"].tolist() == [8, 9]
+
+
+def test_other_data_go_on_from_as_many_tokens_where_that_is_allowed(folder):
+    state = text(folder).state_dict() | {"consumed": 8}
+    shorter = text(folder, seq_len=16, seed=1, allow_changed_data=True)
+    shorter.load_state_dict(state)
+    assert shorter.consumed == 16
 
 
 class TwoRanks:

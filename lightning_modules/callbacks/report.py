@@ -6,6 +6,7 @@ import lzma
 import platform
 import resource
 import shlex
+import shutil
 import sys
 import time
 from importlib.metadata import version
@@ -28,9 +29,24 @@ MOST_COMPRESSED_BYTES = 8_000_000
 class Report(Callback):
     """Exports the best weights as a transformers folder and says what came of the run."""
 
+    def __init__(self):
+        self.losses: list[tuple[float, float]] = []
+        """Nats per token and bits per byte of each validation."""
+        self._seconds_before = 0.0
+        self._started = time.perf_counter()
+
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._started = time.perf_counter()
-        self.losses: list[tuple[float, float]] = []
+
+    def state_dict(self) -> dict:
+        return {"losses": self.losses, "seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.losses = [(loss, bits) for loss, bits in state_dict["losses"]]
+        self._seconds_before = state_dict["seconds"]
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._started
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -40,7 +56,7 @@ class Report(Callback):
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        seconds = time.perf_counter() - self._started
+        seconds = self._seconds()
         folder = Path(trainer.default_root_dir)
         restore_best(trainer, module)
         summary = self.summary(trainer, module, seconds)
@@ -60,10 +76,7 @@ class Report(Callback):
             "steps": trainer.global_step,
             "seconds": round(seconds, 3),
             "tokens_per_second": speed.mean_tokens_per_second(module),
-            "mfu": (tokens - speed.first_tokens)
-            * module.flops_per_token
-            / max(1e-9, speed.training_seconds)
-            / speed.matrix_flops,
+            "mfu": speed.mean_mfu(module),
             "parameters": parameter_count(module.network),
             "peak_memory_bytes": peak_memory_bytes(),
             "precision": precision(trainer, module),
@@ -103,22 +116,33 @@ def restore_best(trainer: Trainer, module: LightningModule) -> None:
     checkpoint = trainer.checkpoint_callback
     if checkpoint is None or checkpoint.monitor != "val/loss" or not checkpoint.best_model_path:
         return
-    best = torch.load(checkpoint.best_model_path, map_location=module.device, weights_only=True)
+    try:
+        best = trainer.strategy.load_checkpoint(checkpoint.best_model_path)
+    except (OSError, ValueError) as error:
+        print(f"warning: the last weights are exported, not the best: {error}", file=sys.stderr)
+        return
     if best["global_step"] != trainer.global_step:
         module.load_state_dict(best["state_dict"])
 
 
 def save_model(folder: Path, module: LightningModule, tokenizer, card: str) -> None:
-    """A folder that AutoModelFor….from_pretrained and AutoTokenizer load, with a card."""
+    """A folder that AutoModelFor….from_pretrained and AutoTokenizer load, with a card; replaced whole or not at all."""
     network = module.network
     if network.can_generate():
         network.generation_config.eos_token_id = tokenizer.eos_token_id
         pad = tokenizer.pad_token_id
         network.generation_config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
     transformers.utils.logging.disable_progress_bar()
-    network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card)
+    temporary, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    network.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    (temporary / "README.md").write_text(card)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def model_card(summary: dict, trainer: Trainer, module: LightningModule) -> str:

@@ -31,8 +31,7 @@ class Speed(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         for logger in trainer.loggers:
             tracking.define_metrics(logger)
-        self.first_tokens = int(module.tokens)
-        self._window = (0.0, self.first_tokens)
+        self._window = (self.training_seconds, int(module.tokens))
         self._resume()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
@@ -67,11 +66,18 @@ class Speed(Callback):
         self._pause()
 
     def mean_tokens_per_second(self, module: LightningModule) -> float:
-        """Over all training of this process so far."""
-        return (int(module.tokens) - self.first_tokens) / max(1e-9, self.training_seconds)
+        """Over all training so far, that before a restart included."""
+        return int(module.tokens) / max(1e-9, self.training_seconds)
 
     def mean_mfu(self, module: LightningModule) -> float:
         return self.mean_tokens_per_second(module) * module.flops_per_token / self.matrix_flops
+
+    def state_dict(self) -> dict:
+        running = time.perf_counter() - self._running_since if self._running_since is not None else 0.0
+        return {"training_seconds": self.training_seconds + running}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.training_seconds = state_dict["training_seconds"]
 
     def _pause(self) -> None:
         if self._running_since is not None:

@@ -1,0 +1,215 @@
+"""One optimizer step: the gradient of the mean over all its tokens, however micro-batches, ranks and memory cut it.
+
+What is not finite is never applied, and a micro-batch that does not fit into memory is done in parts.
+"""
+
+import re
+import sys
+from abc import abstractmethod
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import BatchSizeFinder
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class ExactStep(LightningModule):
+    """A subclass has a `network` and says what a batch costs."""
+
+    network: nn.Module | None
+    l1: float
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = 0
+        """Trained on so far, by all ranks."""
+        self.seed = 0
+        self.step_is_finite = True
+        self.wishes = [0.0, 0.0, 0.0]
+        """What this rank asks of all at the end of a step; the sum is `wishes_of_all`. See callbacks/recovery.py."""
+        self.wishes_of_all = self.wishes
+        self.parts = 1
+        """Of each micro-batch, so that it fits into memory."""
+        self._sums: Tensor | None = None
+        """(nats, labels, tokens) of the micro-batches of the step so far; None before the first."""
+        self._step_so_far: dict[str, Tensor] | None = None
+        self._cutting = False
+        self._window: list[dict[str, Tensor]] = []
+        self._nominal = 1
+
+    @abstractmethod
+    def loss(self, batch: dict[str, Tensor], divisor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """(objective / divisor, sum of nats, number of labels) of a batch; only the first has a gradient."""
+
+    # A step in the middle of its micro-batches, where validation may stand and save
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["tokens"] = int(self.tokens)
+        if self._sums is not None:
+            gradients = {name: p.grad for name, p in self.network.named_parameters() if p.grad is not None}
+            gathered = self.all_gather(gradients | {"sums": self._sums})
+            if self.trainer.world_size == 1:
+                gathered = {name: value[None] for name, value in gathered.items()}
+            checkpoint["step_so_far"] = gathered  # (ranks, …) each
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.tokens = checkpoint["tokens"]
+        self._step_so_far = checkpoint.get("step_so_far")
+
+    def on_train_start(self) -> None:
+        self._sums = None
+        so_far, self._step_so_far = self._step_so_far, None
+        if so_far is None:
+            return
+        mine, ranks = self.global_rank, self.trainer.world_size
+        if len(so_far["sums"]) != ranks:  # only their sum over all ranks counts
+            so_far = {name: value.sum(0, keepdim=True) for name, value in so_far.items()}
+        if mine < len(so_far["sums"]):
+            self._sums = so_far.pop("sums")[mine].to(self.device)
+            for name, gradient in so_far.items():
+                parameter = self.network.get_parameter(name)
+                parameter.grad = gradient[mine].to(parameter)
+
+    # Forward and backward
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The *sum* of the loss over a constant: `on_before_optimizer_step` divides by the tokens of the whole step."""
+        data = self.trainer.datamodule
+        # Any constant would do that all micro-batches and ranks of a step share; this one keeps float16 in range.
+        self._nominal = data.batch_size * data.seq_len
+        if self._sums is None:
+            self._window.clear()
+            self.trainer.optimizers[0].zero_grad()
+        self._window.append(batch)
+        # Dropout follows from the place in the training, not from what was drawn before: resuming needs no generator's
+        # state, and two ranks draw what one draws in two micro-batches.
+        torch.manual_seed(micro_batch_seed(self.seed, data.batch_row))
+        if self.parts == 1:
+            try:
+                return self._objective(batch)
+            except (RuntimeError, MemoryError) as error:
+                self._require_smaller_parts(error)
+            self._in_parts(self._all_again())
+        else:
+            self._in_parts([batch])
+        return torch.zeros((), device=self.device, requires_grad=True)  # all gradients are there already
+
+    def _objective(self, batch: dict[str, Tensor]) -> Tensor:
+        objective, nats, count = self.loss(batch, divisor=self._nominal)
+        tokens = (batch["rows"] >= 0).sum() * batch["input_ids"].shape[1]
+        sums = torch.stack([nats.double(), count.double(), tokens.double()])
+        self._sums = sums if self._sums is None else self._sums + sums
+        if self.l1:
+            # Counted once a token, so that it, too, does not depend on how the step is split.
+            absolute = sum(p.abs().sum() for p in self.network.parameters() if p.ndim >= 2)
+            objective = objective + self.l1 * absolute * (count / self._nominal)
+        return objective
+
+    def backward(self, loss: Tensor) -> None:
+        if self._cutting:
+            loss.backward()
+            return
+        try:
+            loss.backward()
+        except (RuntimeError, MemoryError) as error:
+            self._require_smaller_parts(error)
+        else:
+            return
+        del loss
+        self._in_parts(self._all_again())
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Lightning's place for it is after the forward pass; `training_step` does it before, to save memory."""
+
+    # Memory
+
+    def _require_smaller_parts(self, error: Exception) -> None:
+        """Raises the error again unless it is about memory and the micro-batch in hand can be cut once more."""
+        rows, ranks, accumulated = (
+            len(self._window[-1]["rows"]),
+            self.trainer.world_size,
+            self.trainer.accumulate_grad_batches,
+        )
+        about_memory = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))
+        if not about_memory or any(isinstance(c, BatchSizeFinder) for c in self.trainer.callbacks):
+            raise error
+        if self.parts >= rows or ranks > 1:
+            raise ValueError(
+                f"out of memory at {max(1, rows // self.parts)} rows a micro-batch on {ranks} ranks; train the same "
+                f"with --data.batch_size {max(1, rows // 2)} --trainer.accumulate_grad_batches {2 * accumulated}, "
+                "or pass a shorter --data.seq_len"
+            ) from None
+        self.parts *= 2
+        print(
+            f"out of memory: from step {self.trainer.global_step} on, a micro-batch of {rows} rows is done in "
+            f"{self.parts} parts; the gradient is the same",
+            file=sys.stderr,
+        )
+
+    def _all_again(self) -> list[dict[str, Tensor]]:
+        """The micro-batches of the step so far, none of which counts any more."""
+        self._sums = None
+        self.trainer.optimizers[0].zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return self._window
+
+    def _in_parts(self, batches: list[dict[str, Tensor]]) -> None:
+        """Forward and backward of micro-batches in parts; in smaller ones from the step's first on where they do not
+        fit either."""
+        self._cutting = True
+        while (error := self._first_failure(batches)) is not None:
+            self._require_smaller_parts(error)
+            batches = self._all_again()
+        self._cutting = False
+
+    def _first_failure(self, batches: list[dict[str, Tensor]]) -> Exception | None:
+        for batch in batches:
+            rows = -(-len(batch["rows"]) // self.parts)
+            for part in zip(*(value.split(rows) for value in batch.values()), strict=True):
+                try:
+                    with self.trainer.precision_plugin.train_step_context():
+                        objective = self._objective(dict(zip(batch, part, strict=True)))
+                    self.trainer.strategy.backward(objective / self.trainer.accumulate_grad_batches, None)
+                except (RuntimeError, MemoryError) as error:
+                    return error.with_traceback(None)  # whose frames hold what does not fit
+        return None
+
+    # The step
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        sums = torch.cat([self._sums, self._sums.new_tensor(self.wishes)])
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        nats, count, tokens = sums[:3]
+        self.wishes_of_all = sums[3:].tolist() if self.trainer.world_size > 1 else self.wishes
+        self._sums = None
+        # Lightning has divided by accumulate_grad_batches, DDP by the ranks, training_step by its constant.
+        scale = self._nominal * self.trainer.accumulate_grad_batches * self.trainer.world_size / count.clamp(min=1)
+        if scale.device.type != "cpu" or scale != 1:
+            torch._foreach_mul_([p.grad for p in self.network.parameters() if p.grad is not None], scale)
+        self.tokens = self.tokens + tokens.long()
+        self.step_loss = nats / count.clamp(min=1)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clips by the norm over all gradients in float32, under every precision, fused optimizers included; takes the
+        gradients away where they or the loss are not finite, and with them the step."""
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.network.parameters(), gradient_clip_val)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
+        self.step_grad_norm = norm
+        self.step_is_finite = bool(torch.isfinite(norm + self.step_loss))
+        if not self.step_is_finite:
+            for parameter in self.network.parameters():
+                parameter.grad = None
+        elif gradient_clip_val and gradient_clip_algorithm != "value":
+            factor = gradient_clip_val / (norm + 1e-6)
+            if factor.device.type != "cpu" or factor < 1:
+                torch._foreach_mul_(gradients, factor.clamp(max=1))
+
+
+def micro_batch_seed(seed: int, row: int) -> int:
+    """32 bits that look random, from the run's seed and the number of the micro-batch's first row in the training."""
+    word = (seed * 0x9E3779B97F4A7C15 + row + 1) * 0xBF58476D1CE4E5B9 % 2**64
+    return (word ^ word >> 31) * 0x94D049BB133111EB % 2**64 >> 32

@@ -1,0 +1,172 @@
+"""Runs that are ended by force and started again: for test_recovery.py and torture.py.
+
+A run is a process of its own. Those on one rank are forked from one that has imported everything, which makes a start
+200 times cheaper; those that have ranks to start are commands as a user types them.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+from lightning_modules import checkpoint_io
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "recipes" / "pretrain.py"
+TOY = {
+    "trainer.accelerator": "cpu",
+    "trainer.precision": "32-true",
+    "trainer.max_steps": 60,
+    "trainer.max_time": "null",
+    "trainer.val_check_interval": 15,
+    "trainer.limit_val_batches": 2,
+    "trainer.log_every_n_steps": 5,
+    "model.architecture": "transformers.GPT2Config",  # has dropout, on by default
+    "model.architecture.n_embd": 16,
+    "model.architecture.n_layer": 1,
+    "model.architecture.n_head": 2,
+    "data.tokenizer": "bytes",
+    "data.seq_len": 32,
+    "data.batch_size": 4,
+    "recovery.every_n_steps": 7,
+    "samples.max_new_tokens": 0,
+    "ckpt_path": "last",
+}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+
+
+def arguments(folder: Path, corpus: Path, flags: dict[str, object], verb: str = "fit") -> list[str]:
+    """Of a toy run; a flag of None is left out."""
+    chosen = TOY | {"data.path": corpus, "trainer.default_root_dir": folder} | flags
+    return [verb, *(f"--{name}={value}" for name, value in chosen.items() if value is not None)]
+
+
+def signal_at(step: int, number: int = signal.SIGTERM, where: str = "train") -> list[str]:
+    """The flags that put `SignalAt` into a run."""
+    added = {"class_path": "tests.faults.SignalAt", "init_args": {"step": step, "number": number, "where": where}}
+    return [f"--trainer.callbacks+={json.dumps(added)}"]
+
+
+def forked(argv: list[str], log: Path) -> multiprocessing.Process:
+    """A run on one rank, started."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.faults_preloaded"])
+    process = context.Process(target=_recipe, args=(argv, str(log), dict(os.environ)))
+    process.start()
+    return process
+
+
+def _recipe(argv: list[str], log: str, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment | ENVIRONMENT)
+    os.environ.pop("LIGHTNING_LM_RUN_FOLDER", None)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    torch.set_num_threads(1)
+    sys.argv = [str(SCRIPT), *argv]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def command(argv: list[str], log: Path, launcher: list[str] | None = None, **environment: str) -> subprocess.Popen:
+    """The same as a command, with its ranks in a process group of its own."""
+    variables = {name: value for name, value in os.environ.items() if name != "LIGHTNING_LM_RUN_FOLDER"}
+    with log.open("a") as file:
+        return subprocess.Popen(
+            [*(launcher or [sys.executable]), str(SCRIPT), *argv],
+            env=variables | ENVIRONMENT | environment,
+            stdout=file,
+            stderr=file,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+
+
+def killed_until_done(argv: list[str], log: Path, rng: random.Random, kills: int, longest: float) -> int:
+    """Starts the same command again and again, kills it after up to `longest` seconds `kills` times, then lets it end.
+    Returns how many of the kills met a living process."""
+    met = 0
+    for _ in range(kills):
+        process = forked(argv, log)
+        process.join(rng.uniform(0, longest))
+        met += process.is_alive()
+        process.kill()
+        process.join()
+    process = forked(argv, log)
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-3000:]
+    return met
+
+
+def state(folder: Path) -> str:
+    """The digest of the last checkpoint of a run."""
+    path = checkpoint_io.newest(folder / "checkpoints")
+    assert path is not None, f"no checkpoint in {folder}"
+    return checkpoint_io.digest(torch.load(path, weights_only=True))
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def wait_for_step(folder: Path, step: int, timeout: float = 60.0) -> None:
+    """Until a run in another process has done so many steps."""
+    from lightning_modules.callbacks.recovery import steps_done
+
+    deadline = time.monotonic() + timeout
+    while steps_done(folder / "checkpoints") < step:
+        assert time.monotonic() < deadline, f"step {step} was not reached in {timeout} s"
+        time.sleep(0.005)
+
+
+def members(group: int) -> list[int]:
+    """The processes of a group that are alive."""
+    alive = []
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split() if entry.name.isdigit() else ["Z"]
+        except OSError:
+            continue
+        if fields[0] != "Z" and int(fields[2]) == group:
+            alive.append(int(entry.name))
+    return alive
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+class SignalAt(Callback):
+    """Sends a signal to its own process, once: in a training step, or in the validation that follows it.
+
+    Args:
+        step: The optimizer step in which it happens, counted from 1.
+        number: Of the signal.
+        where: train, in the forward pass of the step's last micro-batch; validation, in its second batch.
+    """
+
+    def __init__(self, step: int, number: int = signal.SIGTERM, where: str = "train"):
+        self.step, self.number, self.where = step, number, where
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        if self.where == "train" and trainer.global_step == self.step - 1:
+            self._send()
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0) -> None:
+        if self.where == "validation" and trainer.global_step == self.step and batch_idx == 1:
+            self._send()
+
+    def _send(self) -> None:
+        self.step = -1
+        os.kill(os.getpid(), self.number)

@@ -1,0 +1,6 @@
+"""What a forked run finds imported. Nothing here may start a thread."""
+
+import datamodules.text  # noqa: F401
+import lightning_modules.cli  # noqa: F401
+import lightning_modules.pretrain  # noqa: F401
+import tests.faults  # noqa: F401
