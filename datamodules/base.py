@@ -46,5 +46,9 @@ class TextData(Protocol):
     batch_size: int
     objective: str
     rows_per_epoch: int
+    consumed: int
+    """Rows trained on so far, by all ranks together."""
+    rows_per_micro_step: int
+    """Rows that all ranks together take at a time."""
     batch_row: int
     """Number, in the whole training, of the first row of the batch in hand: what a micro-batch's seed follows from."""

@@ -194,6 +194,10 @@ class Text(LightningDataModule):
         sampler = self.trainer.distributed_sampler_kwargs if self.trainer else None
         return (sampler["rank"], sampler["num_replicas"]) if sampler else (0, 1)
 
+    @property
+    def rows_per_micro_step(self) -> int:
+        return self.batch_size * self._rank_and_ranks()[1]
+
     def train_dataloader(self) -> Loader:
         overfitting = self.trainer is not None and self.trainer.overfit_batches > 0
         order = TrainingOrder(

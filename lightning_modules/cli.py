@@ -35,9 +35,11 @@ from lightning_modules.callbacks.recovery import Recovery
 from lightning_modules.callbacks.report import Report
 from lightning_modules.callbacks.samples import Samples
 from lightning_modules.callbacks.speed import Speed
+from lightning_modules.callbacks.watchdog import Watchdog
 from lightning_modules.checkpoint_io import CheckpointFiles
 from lightning_modules.command_line import OneLineParser, one_line_errors
 from lightning_modules.precision import BF16Weights
+from lightning_modules.restarts import join_after_restart
 from lightning_modules.schedules import Schedule
 
 RUN_FOLDER = "LIGHTNING_LM_RUN_FOLDER"
@@ -95,6 +97,7 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(Recovery, "recovery")
         parser.add_lightning_class_args(Guard, "guard")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         args = list(self.args)
@@ -110,8 +113,9 @@ class RecipeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         trainer = self.config[self.subcommand].trainer
+        on_cpu = trainer.accelerator == "cpu" or not torch.cuda.is_available()
+        join_after_restart(on_cpu)
         if trainer.precision is None:
-            on_cpu = trainer.accelerator == "cpu" or not torch.cuda.is_available()
             trainer.precision = hardware.best_precision("cpu" if on_cpu else "cuda")
         if isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch == 1:
             # Steps counted on through epochs: text of fewer batches than the interval is trained on, too.

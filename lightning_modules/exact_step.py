@@ -46,6 +46,7 @@ class ExactStep(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["tokens"] = int(self.tokens)
+        checkpoint["rows_per_micro_step"] = self.trainer.datamodule.rows_per_micro_step
         if self._sums is not None:
             gradients = {name: p.grad for name, p in self.network.named_parameters() if p.grad is not None}
             gathered = self.all_gather(gradients | {"sums": self._sums})
@@ -56,6 +57,12 @@ class ExactStep(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.tokens = checkpoint["tokens"]
         self._step_so_far = checkpoint.get("step_so_far")
+        data = self.trainer.datamodule
+        if self.trainer.state.fn == "fit" and data.rows_per_micro_step != checkpoint["rows_per_micro_step"]:
+            # Lightning counts micro-batches of a rank; on another number of ranks the same place has another number.
+            consumed = checkpoint[type(data).__qualname__]["consumed"]
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            recount(progress, consumed, data.rows_per_epoch, data.rows_per_micro_step)
 
     def on_train_start(self) -> None:
         self._sums = None
@@ -207,6 +214,19 @@ class ExactStep(LightningModule):
             factor = gradient_clip_val / (norm + 1e-6)
             if factor.device.type != "cpu" or factor < 1:
                 torch._foreach_mul_(gradients, factor.clamp(max=1))
+
+
+def recount(progress: dict, consumed: int, rows_per_epoch: int, rows_per_micro_step: int) -> None:
+    """Sets Lightning's progress through the micro-batches of an epoch to the place behind `consumed` rows."""
+    epoch = consumed // rows_per_epoch
+    if progress["is_last_batch"] and epoch * rows_per_epoch == consumed:
+        epoch -= 1
+    current = -(-(consumed - epoch * rows_per_epoch) // rows_per_micro_step)
+    total = epoch * -(-rows_per_epoch // rows_per_micro_step) + current
+    for name, count in (("current", current), ("total", total)):
+        counts = progress[name]
+        ended = counts["processed"] - counts["completed"]  # 1 within the hook that ends a batch
+        counts |= dict.fromkeys(("ready", "started", "processed"), count) | {"completed": count - ended}
 
 
 def micro_batch_seed(seed: int, row: int) -> int:

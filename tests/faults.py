@@ -51,9 +51,10 @@ def arguments(folder: Path, corpus: Path, flags: dict[str, object], verb: str = 
     return [verb, *(f"--{name}={value}" for name, value in chosen.items() if value is not None)]
 
 
-def signal_at(step: int, number: int = signal.SIGTERM, where: str = "train") -> list[str]:
+def signal_at(step: int, number: int = signal.SIGTERM, **settings: object) -> list[str]:
     """The flags that put `SignalAt` into a run."""
-    added = {"class_path": "tests.faults.SignalAt", "init_args": {"step": step, "number": number, "where": where}}
+    settings |= {"step": step, "number": int(number)}
+    added = {"class_path": "tests.faults.SignalAt", "init_args": settings}
     return [f"--trainer.callbacks+={json.dumps(added)}"]
 
 
@@ -84,7 +85,7 @@ def command(argv: list[str], log: Path, launcher: list[str] | None = None, **env
     with log.open("a") as file:
         return subprocess.Popen(
             [*(launcher or [sys.executable]), str(SCRIPT), *argv],
-            env=variables | ENVIRONMENT | environment,
+            env=variables | ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | environment,
             stdout=file,
             stderr=file,
             cwd=ROOT,
@@ -153,20 +154,32 @@ class SignalAt(Callback):
     Args:
         step: The optimizer step in which it happens, counted from 1.
         number: Of the signal.
-        where: train, in the forward pass of the step's last micro-batch; validation, in its second batch.
+        where: train, before the step's first micro-batch; validation, in its second batch.
+        rank: Which sends it to itself; None: all.
+        marker: A file that is written then, and whose presence keeps it from happening again.
     """
 
-    def __init__(self, step: int, number: int = signal.SIGTERM, where: str = "train"):
-        self.step, self.number, self.where = step, number, where
+    def __init__(
+        self,
+        step: int,
+        number: int = signal.SIGTERM,
+        where: str = "train",
+        rank: int | None = None,
+        marker: str | None = None,
+    ):
+        self.step, self.number, self.where, self.rank, self.marker = step, number, where, rank, marker
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         if self.where == "train" and trainer.global_step == self.step - 1:
-            self._send()
+            self._send(trainer)
 
     def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0) -> None:
         if self.where == "validation" and trainer.global_step == self.step and batch_idx == 1:
-            self._send()
+            self._send(trainer)
 
-    def _send(self) -> None:
+    def _send(self, trainer) -> None:
         self.step = -1
-        os.kill(os.getpid(), self.number)
+        if self.rank in (None, trainer.global_rank) and not (self.marker and Path(self.marker).exists()):
+            if self.marker:
+                Path(self.marker).touch()
+            os.kill(os.getpid(), self.number)

@@ -2,10 +2,13 @@
 
 import csv
 import random
+import sys
+import time
+from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM
 
 import pytest
 
-from tests.faults import arguments, forked, killed_until_done, signal_at, state, summary
+from tests.faults import arguments, command, forked, killed_until_done, members, signal_at, state, summary
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +70,61 @@ def losses(folder):
     with (folder / "metrics.csv").open() as file:
         rows = [{n: v for n, v in row.items() if not n.startswith("perf/")} for row in csv.DictReader(file)]
     return rows
+
+
+# Ranks
+
+
+@pytest.mark.parametrize("first, then, number, rank", [(1, 2, SIGTERM, 0), (2, 1, SIGTERM, 1), (2, 2, SIGINT, 0)])
+def test_a_signal_to_one_rank_stops_all_and_any_number_of_ranks_goes_on(
+    first, then, number, rank, whole_pairs, corpus, tmp_path
+):
+    """With as many rows a step: two ranks, or one with two micro-batches."""
+    for ranks, stop in ((first, signal_at(17, number, rank=rank)), (then, [])):
+        process = command(arguments(tmp_path, corpus, RANKS[ranks]) + stop, tmp_path / "log")
+        assert process.wait(60) == (128 + number if stop else 0), (tmp_path / "log").read_text()
+        assert members(process.pid) == []
+    assert state(tmp_path) == state(whole_pairs)
+
+
+RANKS = {
+    1: {"data.seq_len": 64, "data.batch_size": 3, "trainer.max_steps": 40, "trainer.accumulate_grad_batches": 2},
+    2: {"data.seq_len": 64, "data.batch_size": 3, "trainer.max_steps": 40},
+}
+RANKS[1] |= {"trainer.val_check_interval": 20, "trainer.strategy": "ddp"}
+RANKS[2] |= {"trainer.val_check_interval": 10, "trainer.strategy": "ddp", "trainer.devices": 2}
+
+
+@pytest.fixture(scope="module")
+def whole_pairs(tmp_path_factory, corpus, cache):
+    """Of one process; two ranks end equal to it."""
+    folders = {}
+    for ranks, flags in RANKS.items():
+        folders[ranks] = tmp_path_factory.mktemp("whole_pairs")
+        process = command(arguments(folders[ranks], corpus, flags), folders[ranks] / "log")
+        assert process.wait(120) == 0, (folders[ranks] / "log").read_text()
+    assert state(folders[1]) == state(folders[2])
+    return folders[1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stands_still_is_named_and_the_run_ends(rank, corpus, cache, tmp_path):
+    flags = RANKS[2] | {"watchdog.minutes": 0.05}
+    process = command(arguments(tmp_path, corpus, flags) + signal_at(9, SIGSTOP, rank=rank), tmp_path / "log")
+    assert process.wait(60) != 0
+    assert f"error: rank {rank} (process" in (tmp_path / "log").read_text()
+    assert "has stood still for 3 s in step 9, in" in (tmp_path / "log").read_text()
+    deadline = time.monotonic() + 10
+    while members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert members(process.pid) == []
+
+
+def test_torchrun_starts_again_after_a_rank_was_killed_and_ends_bit_by_bit(whole_pairs, corpus, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    once = signal_at(23, SIGKILL, rank=1, marker=str(tmp_path / "killed"))
+    process = command(arguments(tmp_path, corpus, RANKS[2]) + once, tmp_path / "log", launcher)
+    assert process.wait(120) == 0, (tmp_path / "log").read_text()
+    assert (tmp_path / "killed").exists() and "going on from step 21" in (tmp_path / "log").read_text()
+    assert state(tmp_path) == state(whole_pairs)
