@@ -7,6 +7,7 @@ comes before: a cut-off file, a flipped bit or a lost block is found without a s
 import errno
 import hashlib
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -53,8 +54,9 @@ class CheckpointFiles(CheckpointIO):
         except (OSError, RuntimeError, DamagedCheckpoint) as error:
             free = shutil.disk_usage(path.parent).free
             needed = bytes_of_tensors(checkpoint)
-            full = free < needed or getattr(error, "errno", None) in _NO_SPACE
-            if not full:
+            # torch's writer fails once more on its way out of a full disk.
+            causes = (error, error.__context__)
+            if free >= needed and not any(isinstance(e, OSError) and e.errno in _NO_SPACE for e in causes):
                 raise
             self._failed = True
             print(
@@ -70,8 +72,15 @@ class CheckpointFiles(CheckpointIO):
         if "://" in str(path):
             raise ValueError(f"{path} is no local file; fetch it, look where it is from, and pass its path")
         verify(Path(path))
-        # Tensors and plain containers only: a pickle can run any code.
-        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        try:
+            # Tensors and plain containers only: a pickle can run any code.
+            checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            why = re.search(r"GLOBAL \S+", str(error))
+            raise ValueError(
+                f"{path} holds more than tensors and numbers ({why[0] if why else type(error).__name__}); code of a "
+                "checkpoint is never run"
+            ) from None
         require_finite(checkpoint, Path(path))
         return checkpoint
 
@@ -171,14 +180,17 @@ def newest(folder: Path) -> Path | None:
     Says which ones it passes over; raises ValueError where all are damaged, for a run must not begin anew in silence.
     """
     files = [path for path in folder.glob("*.ckpt") if path.is_file()]
-    files.sort(
-        key=lambda path: (int(stamp[1]) if (stamp := _stamp(path)) else 0, path.stat().st_mtime_ns), reverse=True
-    )
+    steps: dict[Path, int] = {}
     for path in files:
+        try:
+            steps[path] = _step(path)
+        except DamagedCheckpoint as error:
+            print(f"warning: {error}; it is passed over", file=sys.stderr)
+    for path in sorted(steps, key=lambda path: (steps[path], path.stat().st_mtime_ns), reverse=True):
         try:
             verify(path)
         except DamagedCheckpoint as error:
-            print(f"warning: {error}; looking for the one before", file=sys.stderr)
+            print(f"warning: {error}; it is passed over", file=sys.stderr)
         else:
             return path
     if files:
@@ -187,6 +199,14 @@ def newest(folder: Path) -> Path | None:
             "--ckpt_path out to begin anew"
         )
     return None
+
+
+def _step(path: Path) -> int:
+    """The step of a checkpoint; raises DamagedCheckpoint where even that cannot be read."""
+    if (stamp := _stamp(path)) is not None:
+        return int(stamp[1])
+    _verify_zip(path)
+    return int(torch.load(path, map_location="meta", weights_only=True, mmap=True)["global_step"])
 
 
 # Numbers

@@ -186,34 +186,36 @@ class ExactStep(LightningModule):
     # The step
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        sums = torch.cat([self._sums, self._sums.new_tensor(self.wishes)])
-        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        nats, count, tokens = sums[:3]
-        self.wishes_of_all = sums[3:].tolist() if self.trainer.world_size > 1 else self.wishes
+        """One sum over the ranks: of the loss and its tokens, of what each wishes, and of those whose gradient is not
+        finite."""
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
+        mine = torch.cat([self._sums, self._sums.new_tensor(self.wishes), (~torch.isfinite(norm)).double()[None]])
+        nats, count, tokens, *wishes, not_finite = self.trainer.strategy.reduce(mine, reduce_op="sum")
         self._sums = None
-        # Lightning has divided by accumulate_grad_batches, DDP by the ranks, training_step by its constant.
-        scale = self._nominal * self.trainer.accumulate_grad_batches * self.trainer.world_size / count.clamp(min=1)
-        if scale.device.type != "cpu" or scale != 1:
-            torch._foreach_mul_([p.grad for p in self.network.parameters() if p.grad is not None], scale)
+        self.wishes_of_all = [float(wish) for wish in wishes] if self.trainer.world_size > 1 else self.wishes
         self.tokens = self.tokens + tokens.long()
         self.step_loss = nats / count.clamp(min=1)
+        # Lightning has divided by accumulate_grad_batches, DDP by the ranks, training_step by its constant.
+        divided_by = self.trainer.accumulate_grad_batches * self.trainer.world_size * self._nominal
+        self._scale = divided_by / count.clamp(min=1)
+        self.step_grad_norm = norm * self._scale
+        self.step_is_finite = bool(torch.isfinite(nats) & (not_finite == 0))
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clips by the norm over all gradients in float32, under every precision, fused optimizers included; takes the
-        gradients away where they or the loss are not finite, and with them the step."""
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self.network.parameters(), gradient_clip_val)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
-        self.step_grad_norm = norm
-        self.step_is_finite = bool(torch.isfinite(norm + self.step_loss))
+        """Scales to the mean over the step's tokens and clips by the norm over all gradients in float32, in one pass,
+        under every precision, fused optimizers included. What is not finite is taken away, and with it the step."""
         if not self.step_is_finite:
             for parameter in self.network.parameters():
                 parameter.grad = None
-        elif gradient_clip_val and gradient_clip_algorithm != "value":
-            factor = gradient_clip_val / (norm + 1e-6)
-            if factor.device.type != "cpu" or factor < 1:
-                torch._foreach_mul_(gradients, factor.clamp(max=1))
+            return
+        factor = self._scale
+        if gradient_clip_val and gradient_clip_algorithm != "value":
+            factor = factor * (gradient_clip_val / (self.step_grad_norm + 1e-6)).clamp(max=1)
+        if factor.device.type != "cpu" or factor != 1:
+            torch._foreach_mul_([p.grad for p in self.network.parameters() if p.grad is not None], factor)
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.network.parameters(), gradient_clip_val)
 
 
 def recount(progress: dict, consumed: int, rows_per_epoch: int, rows_per_micro_step: int) -> None:

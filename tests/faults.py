@@ -109,6 +109,30 @@ def killed_until_done(argv: list[str], log: Path, rng: random.Random, kills: int
     return met
 
 
+class SpoilsLoss(Callback):
+    """Multiplies the loss of some steps.
+
+    Args:
+        steps: Counted from 1.
+        factor: nan, for a loss that is not finite.
+        rank: Whose loss; None: all ranks'.
+    """
+
+    def __init__(self, steps: list[int], factor: float = float("nan"), rank: int | None = None):
+        self.steps, self.factor, self.rank = steps, factor, rank
+
+    def on_train_start(self, trainer, module) -> None:
+        honest = module.loss
+
+        def spoiled(batch, divisor=1.0):
+            objective, nats, count = honest(batch, divisor)
+            here = trainer.training and trainer.global_step + 1 in self.steps
+            factor = self.factor if here and self.rank in (None, trainer.global_rank) else 1.0
+            return objective * factor, nats * factor, count
+
+        module.loss = spoiled
+
+
 def state(folder: Path) -> str:
     """The digest of the last checkpoint of a run."""
     path = checkpoint_io.newest(folder / "checkpoints")

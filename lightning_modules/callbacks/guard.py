@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from lightning_modules import checkpoint_io
@@ -49,6 +50,9 @@ class Guard(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
+        searching = isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler is not None
+        if searching and not module.step_is_finite:
+            return  # float16's scaler finds the range of the gradients by such steps, and drops them itself
         loss, norm = float(module.step_loss), float(module.step_grad_norm)
         usual = statistics.median(self._losses) if len(self._losses) >= FEWEST else math.inf
         if not module.step_is_finite:

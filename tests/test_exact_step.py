@@ -1,0 +1,98 @@
+"""A micro-batch that does not fit into memory is done in parts: the same step."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from lightning_modules.exact_step import micro_batch_seed, recount
+
+
+class FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 1 TiB")
+
+
+class Memory(Callback):
+    """Holds so many rows, from a step on, and fails beyond: forwards or backwards."""
+
+    def __init__(self, rows, where, from_step=2):
+        self.rows, self.where, self.from_step = rows, where, from_step
+
+    def on_train_start(self, trainer, module):
+        honest = module.loss
+
+        def loss(batch, divisor=1.0):
+            full = trainer.training and trainer.global_step + 1 >= self.from_step and len(batch["rows"]) > self.rows
+            if full and self.where == "forward":
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+            objective, nats, count = honest(batch, divisor)
+            return (FailsInBackward.apply(objective) if full else objective), nats, count
+
+        module.loss = loss
+
+
+def fit(toy, *callbacks, accumulate=2, batch_size=8):
+    losses = []
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if not trainer.fit_loop.epoch_loop._should_accumulate():
+                losses.append(float(module.step_loss))
+
+    settings = {"callbacks": [*callbacks, Losses()], "accumulate_grad_batches": accumulate, "max_steps": 4}
+    settings |= {"gradient_clip_val": 1.0}
+    trainer, module, data = toy(trainer=settings, data={"batch_size": batch_size})
+    torch.manual_seed(0)
+    trainer.fit(module, data)
+    return losses, torch.cat([p.detach().flatten() for p in module.network.parameters()])
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("rows", [4, 3, 1])
+def test_a_step_that_runs_out_of_memory_is_done_again_in_parts(toy, where, rows, capsys):
+    losses, weights = fit(toy)
+    told = capsys.readouterr().err
+    assert "out of memory" not in told
+    losses_in_parts, weights_in_parts = fit(toy, Memory(rows, where))
+    assert losses_in_parts == pytest.approx(losses, rel=1e-6)
+    torch.testing.assert_close(weights_in_parts, weights, rtol=0, atol=1e-6)
+    told = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert len(told) == {4: 1, 3: 2, 1: 3}[rows] and "from step 1 on, a micro-batch of 8 rows" in told[0]
+
+
+def test_one_row_too_many_for_the_memory_is_one_line_with_the_mend(toy):
+    with pytest.raises(ValueError, match="out of memory at 1 rows a micro-batch on 1 ranks; .* --data.seq_len"):
+        fit(toy, Memory(0, "backward"))
+
+
+def test_other_errors_are_not_taken_for_memory(toy):
+    class Fails(Callback):
+        def on_train_start(self, trainer, module):
+            module.loss = lambda batch, divisor=1.0: (_ for _ in ()).throw(RuntimeError("shapes differ"))
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        fit(toy, Fails())
+
+
+def test_seeds_of_micro_batches_differ_and_follow_from_seed_and_row():
+    seeds = {micro_batch_seed(seed, row) for seed in range(20) for row in range(-1, 500)}
+    assert len(seeds) > 20 * 501 - 5 and max(seeds) < 2**32
+    assert micro_batch_seed(3, 8) == micro_batch_seed(3, 8)
+
+
+@pytest.mark.parametrize("ended", [0, 1])
+def test_a_place_in_the_text_has_another_number_of_micro_batches_on_other_ranks(ended):
+    """Two epochs of 10 rows and 4 rows of the third: 4 rows at a time, then 2."""
+    counts = {"ready": 7, "started": 7, "processed": 7, "completed": 7 - ended}
+    progress = {"total": dict(counts), "current": dict(counts), "is_last_batch": False}
+    recount(progress, 24, 10, 2)
+    assert progress["current"]["ready"] == 2 and progress["total"]["ready"] == 12
+    assert progress["total"]["completed"] == 12 - ended
+    at_the_border = {"total": dict(counts), "current": dict(counts), "is_last_batch": True}
+    recount(at_the_border, 20, 10, 4)
+    assert at_the_border["current"]["ready"] == 3 and at_the_border["total"]["ready"] == 6
