@@ -79,7 +79,9 @@ def _recipe(argv: list[str], log: str, environment: dict[str, str]) -> None:
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
-def command(argv: list[str], log: Path, launcher: list[str] | None = None, **environment: str) -> subprocess.Popen:
+def command(
+    argv: list[str], log: Path, launcher: list[str] | None = None, cwd: Path = ROOT, **environment: str
+) -> subprocess.Popen:
     """The same as a command, with its ranks in a process group of its own."""
     variables = {name: value for name, value in os.environ.items() if name != "LIGHTNING_LM_RUN_FOLDER"}
     with log.open("a") as file:
@@ -88,7 +90,7 @@ def command(argv: list[str], log: Path, launcher: list[str] | None = None, **env
             env=variables | ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | environment,
             stdout=file,
             stderr=file,
-            cwd=ROOT,
+            cwd=cwd,
             start_new_session=True,
         )
 
@@ -131,6 +133,25 @@ class SpoilsLoss(Callback):
             return objective * factor, nats * factor, count
 
         module.loss = spoiled
+
+
+class KeepsRows(Callback):
+    """Writes, for each step, the rows it was made of; a step that is done again writes anew.
+
+    Args:
+        folder: Where to.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+        self.rows: list[int] = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.rows += batch["rows"].tolist()
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            self.folder.mkdir(exist_ok=True)
+            (self.folder / f"{trainer.global_step}.json").write_text(json.dumps(self.rows))
+            self.rows = []
 
 
 def state(folder: Path) -> str:

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback
 
+from lightning_modules.architectures import HeadInput, build
 from lightning_modules.exact_step import micro_batch_seed, recount
+from lightning_modules.losses import linear_cross_entropy
+from lightning_modules.optim import adamw, parameter_groups
+from lightning_modules.schedules import Constant
 
 
 class FailsInBackward(torch.autograd.Function):
@@ -96,3 +101,39 @@ def test_a_place_in_the_text_has_another_number_of_micro_batches_on_other_ranks(
     at_the_border = {"total": dict(counts), "current": dict(counts), "is_last_batch": True}
     recount(at_the_border, 20, 10, 4)
     assert at_the_border["current"]["ready"] == 3 and at_the_border["total"]["ready"] == 6
+
+
+@pytest.mark.parametrize("loss, tolerance", [("ours", 0), ("transformers", 1e-6)])
+def test_a_hundred_steps_are_those_of_a_plain_loop(toy, loss, tolerance):
+    """Bit by bit with our head and loss; with transformers' logits and torch's cross-entropy to rounding."""
+    ours, batches = [], []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            ours.append(float(module.step_loss))
+            batches.append(batch)
+
+    settings = {"trainer": {"max_steps": 100, "callbacks": [Keep()]}, "data": {"seq_len": 16}}  # less than an epoch
+    trainer, module, data = toy(schedule=Constant(warmup_steps=0), **settings)
+    trainer.fit(module, data)
+    network = build(module.architecture, module.auto_class, seed=0).train()
+    tap, optimizer = HeadInput(network), adamw(parameter_groups(network))
+    plain = []
+    for batch in batches:
+        labels_N = batch["labels"].flatten()
+        if loss == "ours":
+            with tap.tapped():
+                network(batch["input_ids"], use_cache=False)
+            hidden_NC = tap.hidden.flatten(0, 1)
+            mean, _ = linear_cross_entropy(hidden_NC, network.lm_head.weight, labels_N, divisor=len(labels_N))
+        else:
+            mean = F.cross_entropy(network(batch["input_ids"]).logits.flatten(0, 1), labels_N)
+        optimizer.zero_grad()
+        mean.backward()
+        optimizer.step()
+        plain.append(mean.item())
+    assert len(plain) == 100 and plain[-1] < plain[0] - 1
+    assert plain == pytest.approx(ours, rel=max(tolerance, 1e-7), abs=0)
+    if not tolerance:
+        for name, parameter in network.named_parameters():
+            assert torch.equal(parameter, module.network.get_parameter(name)), name

@@ -1,12 +1,14 @@
 """However a run ends, the same command goes on from where it was, bit by bit."""
 
 import csv
+import json
 import random
 import sys
 import time
 from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM
 
 import pytest
+import torch
 
 from tests.faults import arguments, command, forked, killed_until_done, members, signal_at, state, summary
 
@@ -35,6 +37,26 @@ def test_a_run_killed_at_random_moments_ends_bit_by_bit_as_one_that_was_not(whol
     assert state(tmp_path) == state(whole)
     assert summary(tmp_path)["val_loss"] == summary(whole)["val_loss"]
     assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_every_row_is_trained_on_once_an_epoch_whatever_was_killed(corpus, cache, tmp_path):
+    """The numbers of the rows count on through the epochs: each once is each stored row once an epoch."""
+    keep = {"class_path": "tests.faults.KeepsRows", "init_args": {"folder": str(tmp_path / "rows")}}
+    argv = [*arguments(tmp_path, corpus, {"trainer.max_steps": 240}), f"--trainer.callbacks+={json.dumps(keep)}"]
+    assert killed_until_done(argv, tmp_path / "log", random.Random(1), kills=10, longest=1.8) >= 5
+    steps = [json.loads((tmp_path / "rows" / f"{step}.json").read_text()) for step in range(1, 241)]
+    rows = [row for step in steps for row in step]
+    assert rows == list(range(len(rows)))
+    rows_per_epoch = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["Text"]["rows_per_epoch"]
+    assert len(rows) > 3 * rows_per_epoch
+
+
+@pytest.mark.parametrize("workers, hash_seed", [(1, "0"), (2, "1")])
+def test_workers_the_folder_and_the_hash_seed_change_nothing(workers, hash_seed, whole, corpus, tmp_path):
+    argv = arguments(tmp_path, corpus, {"data.num_workers": workers})
+    process = command(argv, tmp_path / "log", cwd=tmp_path, PYTHONHASHSEED=hash_seed)
+    assert process.wait(60) == 0, (tmp_path / "log").read_text()
+    assert state(tmp_path) == state(whole)
 
 
 EPOCHS = {"data.seq_len": 64, "data.batch_size": 3, "trainer.accumulate_grad_batches": 2, "trainer.max_steps": 50}
