@@ -52,7 +52,7 @@ class CheckpointFiles(CheckpointIO):
             _flush_folder(path.parent)
             self._failed = False
         except (OSError, RuntimeError, DamagedCheckpoint) as error:
-            free = shutil.disk_usage(path.parent).free
+            free = shutil.disk_usage(path.parent).free + (temporary.stat().st_size if temporary.exists() else 0)
             needed = bytes_of_tensors(checkpoint)
             # torch's writer fails once more on its way out of a full disk.
             causes = (error, error.__context__)

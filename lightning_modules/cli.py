@@ -39,11 +39,26 @@ from lightning_modules.callbacks.watchdog import Watchdog
 from lightning_modules.checkpoint_io import CheckpointFiles
 from lightning_modules.command_line import OneLineParser, one_line_errors
 from lightning_modules.precision import BF16Weights
+from lightning_modules.redaction import redacted
 from lightning_modules.restarts import join_after_restart
 from lightning_modules.schedules import Schedule
 
 RUN_FOLDER = "LIGHTNING_LM_RUN_FOLDER"
 """Environment variable by which the ranks that Lightning starts learn the folder that the first one chose."""
+
+
+IMPORTABLE = (
+    "lightning_modules",
+    "datamodules",
+    "lightning.pytorch",
+    "pytorch_lightning",
+    "torch.optim",
+    "pytorch_optimizer",
+    "transformers",
+)
+"""Packages whose classes a configuration may name; --allow_import PACKAGE adds one."""
+NEVER = ("lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function")
+"""Calls whatever it is given."""
 
 
 class Parser(OneLineParser, LightningArgumentParser):
@@ -61,10 +76,12 @@ class SaveConfig(SaveConfigCallback):
         if stage != "fit":
             return
         folder = Path(trainer.default_root_dir)
-        self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        text = redacted(self.parser.dump(self.config, skip_none=False))
+        (folder / "config.yaml").touch(mode=0o600)
+        (folder / "config.yaml").write_text(text)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_hyperparams(yaml.safe_load((folder / "config.yaml").read_text()))
+                logger.log_hyperparams(yaml.safe_load(text))
 
 
 class RecipeCLI(LightningCLI):
@@ -76,7 +93,9 @@ class RecipeCLI(LightningCLI):
         self.default_config = default_config
         self.default_model = default_model
         self.recipe = default_config.stem
-        self.args = list(sys.argv[1:] if args is None else args)
+        self.args, allowed = take_flag("--allow_import", list(sys.argv[1:] if args is None else args))
+        # What a YAML or a flag may name, checked before it is imported: importing is running.
+        set_parsing_settings(import_path_denylist=["*", *NEVER], import_path_allowlist=[*IMPORTABLE, *allowed])
         super().__init__(args=args, **settings)
 
     def init_parser(self, **settings) -> LightningArgumentParser:
@@ -170,6 +189,20 @@ def _objective(model: object) -> str:
     """What the datamodule's labels are follows from the module's class."""
     module, _, name = model.class_path.rpartition(".")
     return getattr(importlib.import_module(module), name).objective
+
+
+def take_flag(flag: str, args: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without a flag that is not for the parser, and its values."""
+    left, values = [], []
+    words = iter(args)
+    for word in words:
+        if word == flag:
+            values.append(next(words, ""))
+        elif word.startswith(f"{flag}="):
+            values.append(word.partition("=")[2])
+        else:
+            left.append(word)
+    return left, values
 
 
 def find_checkpoint(asked: str | None, folder: str | None) -> str | None:

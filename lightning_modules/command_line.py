@@ -11,6 +11,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from lightning_modules.redaction import redacted
+
 OURS = tuple(str(Path(__file__).parents[1] / name) for name in ("lightning_modules", "datamodules", "recipes"))
 LIGHTNING = f"{os.sep}lightning{os.sep}pytorch{os.sep}"
 
@@ -51,7 +53,7 @@ def _on_purpose(error: BaseException) -> bool:
 
 
 def fail(message: str, code: int = 2) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {redacted(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -79,6 +81,9 @@ def explain(message: str, flags: list[str]) -> str:
     if not key:
         return message
     flag, complaint = _as_typed(f"--{key[1]}"), key[2]
+    if denied := re.search(r"Importing '([\w.]+)' is not allowed", complaint):
+        package = denied[1].partition(".")[0]
+        return f"{flag} {denied[1]}: no package that a run may name; if you trust it, add --allow_import {package}"
     if no_class := re.search(r"Expected a path but (\S+) either", complaint):
         return f"{flag} {no_class[1]}: there is no such class; pass its name with its package, like torch.optim.AdamW"
     if bad_value := re.search(r"(?:Given|Got) value: (.*)", complaint):

@@ -3,13 +3,23 @@
 import csv
 import netrc
 import os
-import socket
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlparse
 
+import requests
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter as FabricWriter
+from lightning.fabric.loggers.logger import _DummyExperiment
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_modules.redaction import redacted
 
 METRICS = (
     "train/loss",
@@ -45,6 +55,77 @@ class MetricsCSV(CSVLogger):
         return self._experiment
 
 
+class _Shielded:
+    """A W&B run whose failures are told once and change nothing."""
+
+    def __init__(self, run: object, give_up: Callable[[Exception], None]):
+        self._run, self._give_up = run, give_up
+
+    def __getattr__(self, name: str) -> object:
+        value = getattr(self._run, name)
+        if not callable(value):
+            return value
+
+        def shielded(*args, **kwargs):
+            try:
+                return value(*args, **kwargs)
+            except Exception as error:  # whatever W&B's own process, its server or its disk have come to
+                self._give_up(error)
+
+        return shielded
+
+
+class ShieldedWandb(WandbLogger):
+    """W&B never decides whether a run trains: a start that fails is tried again offline, and whatever fails later is
+    left alone, with one warning; metrics.csv has everything."""
+
+    gave_up = False
+
+    @property
+    def experiment(self) -> object:
+        if self.gave_up or rank_zero_only.rank > 0:
+            return _DummyExperiment()
+        try:
+            with _redacted_arguments():
+                return _Shielded(WandbLogger.experiment.fget(self), self._give_up)
+        except Exception as error:
+            if self._wandb_init.get("mode") == "offline":
+                self._give_up(error)
+                return _DummyExperiment()
+            _warn(f"{_first_line(error)}; this run is logged offline")
+            self._offline, self._wandb_init["mode"] = True, "offline"
+            return self.experiment
+
+    def log_hyperparams(self, params: dict) -> None:
+        try:
+            super().log_hyperparams(params)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if not self.gave_up:
+            _warn(f"{_first_line(error)}; metrics.csv alone is written from here on; wandb sync brings what was logged")
+        self.gave_up = True
+
+
+@contextmanager
+def _redacted_arguments() -> Iterator[None]:
+    """W&B writes the command line down when a run begins."""
+    arguments, sys.argv = sys.argv, shlex.split(redacted(shlex.join(sys.argv)))
+    try:
+        yield
+    finally:
+        sys.argv = arguments
+
+
+def _warn(message: str) -> None:
+    print(f"W&B: {message}", file=sys.stderr)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def loggers(folder: Path, recipe: str) -> list[Logger]:
     """metrics.csv, and W&B unless WANDB_MODE is disabled."""
     if os.environ.get("WANDB_MODE") == "disabled":
@@ -53,44 +134,53 @@ def loggers(folder: Path, recipe: str) -> list[Logger]:
 
 
 def wandb_logger(folder: Path, recipe: str) -> WandbLogger:
-    """Online if there is a key and the server answers, otherwise offline: W&B never decides whether a run trains."""
+    """Online if the server answers and takes the key, otherwise offline."""
+    mode = wandb_mode()
+    if mode == "offline":
+        os.environ["WANDB_MODE"] = (
+            mode  # read on import: W&B would send its own telemetry all the same, and wait for it
+        )
     import wandb
 
-    logger = WandbLogger(
+    logger = ShieldedWandb(
         name=folder.name,
         save_dir=str(folder),
         project=os.environ.get("WANDB_PROJECT", "lightning-lm-recipes"),
         group=recipe,
         job_type=recipe,
-        offline=wandb_mode() == "offline",
-        settings=wandb.Settings(console="off", silent=True, init_timeout=20, finish_timeout=60),
+        mode=mode,
+        settings=wandb.Settings(console="off", silent=True, init_timeout=5, finish_timeout=20),
     )
     # Lightning passes an option that W&B no longer has, at the price of a warning at the top of every run.
     logger._wandb_init.pop("anonymous", None)
     return logger
 
 
-def wandb_mode() -> str:
-    """ "online" with a key (WANDB_API_KEY or ~/.netrc) and a server that answers within 3 s, else "offline"."""
+def wandb_mode() -> Literal["online", "offline"]:
+    """ "online" where there is a key (WANDB_API_KEY or ~/.netrc) and a server that takes it within 2 s."""
     if os.environ.get("WANDB_MODE") == "offline":
         return "offline"
-    server = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    if not (os.environ.get("WANDB_API_KEY") or _in_netrc(server.hostname)):
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    host = urlparse(server).hostname
+    key = os.environ.get("WANDB_API_KEY") or _key_in_netrc(host)
+    if not key:
         return "offline"
     try:
-        port = server.port or (80 if server.scheme == "http" else 443)
-        socket.create_connection((server.hostname, port), timeout=3).close()
-    except OSError:
-        print(f"W&B: {server.hostname} does not answer; this run is logged offline")
+        answer = requests.post(f"{server}/graphql", json={"query": "{viewer{id}}"}, auth=("api", key), timeout=2)
+    except requests.RequestException:
+        _warn(f"{host} does not answer; this run is logged offline")
         return "offline"
-    return "online"
+    if not answer.ok:
+        _warn(f"{host} answers {answer.status_code} {answer.reason}; this run is logged offline")
+    return "online" if answer.ok else "offline"
 
 
-def _in_netrc(host: str) -> bool:
+def _key_in_netrc(host: str) -> str | None:
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        entry = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
     except (OSError, netrc.NetrcParseError):
-        return False
+        return None
+    return entry[2] if entry else None
 
 
 def forget_after(loggers: list[Logger], step: int) -> None:
@@ -117,3 +207,10 @@ def finish(loggers: list[Logger]) -> None:
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
+            if shutil.disk_usage(logger.save_dir).free < 2**20:
+                _warn(f"the disk of {logger.save_dir} is full: its copy may lack the end; metrics.csv has it")
+            if logger.gave_up:
+                import wandb
+
+                with suppress(Exception):  # its process is gone, which it would say by a traceback at exit
+                    wandb.teardown()

@@ -48,7 +48,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE
 def arguments(folder: Path, corpus: Path, flags: dict[str, object], verb: str = "fit") -> list[str]:
     """Of a toy run; a flag of None is left out."""
     chosen = TOY | {"data.path": corpus, "trainer.default_root_dir": folder} | flags
-    return [verb, *(f"--{name}={value}" for name, value in chosen.items() if value is not None)]
+    return [verb, "--allow_import=tests", *(f"--{name}={value}" for name, value in chosen.items() if value is not None)]
 
 
 def signal_at(step: int, number: int = signal.SIGTERM, **settings: object) -> list[str]:

@@ -1,14 +1,18 @@
 """W&B sees the run, and never decides whether it trains."""
 
+import http.server
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lightning_modules import tracking
+from lightning_modules.callbacks.plan import Plan
 from tests.test_recipes import fit
 
 
@@ -30,26 +34,92 @@ def test_a_run_without_an_account_is_logged_offline_under_its_stable_names(corpu
     assert f"wandb sync {run}" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_server_that_does_not_answer_makes_the_run_offline_within_seconds(monkeypatch, capsys):
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+class Server(http.server.ThreadingHTTPServer):
+    """Stands for W&B's: answers everything alike, after some seconds."""
+
+    def __init__(self, status: int, seconds: float = 0.0):
+        self.status, self.seconds = status, seconds
+        super().__init__(("127.0.0.1", 0), Answer)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request, client_address) -> None:
+        pass  # a client that did not wait
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        time.sleep(self.server.seconds)
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_GET = do_POST
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@pytest.fixture
+def wandb_server(monkeypatch, tmp_path):
+    """Says to W&B which server there is, with a key of the right form unless another is given."""
+
+    def is_at(server, key="0" * 40):
+        monkeypatch.delenv("WANDB_MODE")
+        monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+        monkeypatch.setenv("WANDB_API_KEY", key)
+        port = server.server_address[1] if server else 9
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        return server
+
+    return is_at
+
+
+@pytest.mark.parametrize(
+    ("server", "key", "mode", "told"),
+    [
+        (lambda: Server(200), "0" * 40, "online", ""),
+        (lambda: Server(200), "", "offline", ""),
+        (lambda: Server(401), "0" * 40, "offline", "127.0.0.1 answers 401 Unauthorized"),
+        (lambda: Server(200, seconds=30), "0" * 40, "offline", "127.0.0.1 does not answer"),
+        (lambda: None, "0" * 40, "offline", "127.0.0.1 does not answer"),
+    ],
+    ids=["well", "no key", "wrong key", "slow", "unreachable"],
+)
+def test_only_a_server_that_takes_the_key_at_once_makes_a_run_online(server, key, mode, told, wandb_server, capsys):
+    wandb_server(server(), key)
     start = time.monotonic()
-    assert tracking.wandb_mode() == "offline"
+    assert tracking.wandb_mode() == mode
     assert time.monotonic() - start < 5
-    assert "127.0.0.1 does not answer" in capsys.readouterr().out
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings == ([f"W&B: {told}; this run is logged offline"] if told else [])
 
 
-@pytest.mark.parametrize(("key", "mode"), [("0" * 40, "online"), ("", "offline")])
-def test_a_key_and_an_answering_server_make_it_online(key, mode, monkeypatch, tmp_path):
-    import socket
+def test_a_server_that_fails_when_the_run_begins_makes_it_offline(corpus, tmp_path, wandb_server, monkeypatch, capsys):
+    """It takes the key and then nothing that W&B itself sends; the run is that without W&B."""
+    wandb_server(Server(200))
+    summary = fit(tmp_path / "with", corpus)
+    assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("W&B")]) == 1
+    assert list((tmp_path / "with" / "wandb").glob("offline-run-*"))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert fit(tmp_path / "without", corpus)["val_loss"] == summary["val_loss"]
 
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("WANDB_API_KEY", key)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
-        assert tracking.wandb_mode() == mode
+
+def test_a_run_whose_wandb_dies_goes_on_with_one_warning(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def kill(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 5:
+            for child in psutil.Process().children(recursive=True):
+                if "wandb-core" in child.name():
+                    child.kill()
+
+    monkeypatch.setattr(Plan, "on_train_batch_start", kill)
+    fit(tmp_path, corpus, **{"trainer.max_steps": 30, "trainer.val_check_interval": 10})
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("W&B")]
+    assert len(warnings) == 1 and "metrics.csv alone is written from here on" in warnings[0]
+    with (tmp_path / "metrics.csv").open() as file:
+        assert len(file.readlines()) == 1 + 30 + 3
 
 
 def test_a_run_that_goes_on_keeps_the_metrics_it_had(tmp_path):

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import shutil
 import signal
 import struct
 import sys
@@ -43,6 +44,7 @@ class Recovery(Callback):
         self._signal = 0
         self._leaving = 0
         self._saved_at = time.monotonic()
+        self._owed = False
 
     # Start
 
@@ -55,6 +57,7 @@ class Recovery(Callback):
         if trainer.is_global_zero:
             for unfinished in self.folder(trainer).glob(".*.partial"):  # of a run that was killed while it saved
                 unfinished.unlink()
+            require_space(self.folder(trainer), module)
             if trainer.global_step:
                 self._tell(trainer)
             self._steps_done = open_counter(self.folder(trainer) / STEPS_DONE)
@@ -94,7 +97,7 @@ class Recovery(Callback):
 
     def _is_due(self, step: int) -> bool:
         by_steps = self.every_n_steps is not None and step % self.every_n_steps == 0
-        return by_steps or time.monotonic() - self._saved_at > 60 * self.every_minutes
+        return self._owed or by_steps or time.monotonic() - self._saved_at > 60 * self.every_minutes
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
         loop = trainer.fit_loop.epoch_loop
@@ -105,7 +108,8 @@ class Recovery(Callback):
         terminate, interrupt, due = module.wishes_of_all
         self._leaving = signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0
         if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
-            return  # `on_validation_start` leaves; what is due is saved a step later
+            self._owed = bool(due)  # saved a step later; `on_validation_start` leaves
+            return
         if self._leaving:
             # What Lightning would do after this hook: write the metrics of the step.
             trainer._logger_connector.on_batch_end()
@@ -141,7 +145,7 @@ class Recovery(Callback):
         if trainer.is_global_zero:
             for old in sorted(self.folder(trainer).glob("recovery-*.ckpt"))[: -self.keep]:
                 trainer.strategy.remove_checkpoint(old)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._owed = time.monotonic(), False
         return path
 
     def _leave(self, trainer: Trainer) -> None:
@@ -158,6 +162,19 @@ class Recovery(Callback):
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.validation_is_due = state_dict["validation_is_due"]
+
+
+def require_space(folder: Path, module: LightningModule) -> None:
+    """Raises OSError where fewer than two checkpoints fit: the next one is written before the last one goes."""
+    # Weights, and of each number two moments in float32, of weights in bf16 a float32 copy, too.
+    one = sum(p.numel() * (p.element_size() + 8 + (p.element_size() < 4) * 4) for p in module.parameters())
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < 2 * one:
+        raise OSError(
+            f"{folder} has {free:,} bytes free, and two checkpoints of about {one:,} must fit; make room or pass "
+            "another --trainer.default_root_dir"
+        )
 
 
 def open_counter(path: Path) -> mmap.mmap:

@@ -20,6 +20,7 @@ from lightning_modules import hardware
 from lightning_modules.architectures import bytes_of, parameter_count
 from lightning_modules.callbacks.plan import precision, print_pairs
 from lightning_modules.callbacks.speed import Speed
+from lightning_modules.redaction import redacted
 
 PACKAGES = ("lightning", "torch", "transformers", "tokenizers", "wandb")
 MOST_COMPRESSED_BYTES = 8_000_000
@@ -179,7 +180,7 @@ tags: [language-model, pytorch-lightning]
 Made by:
 
 ```
-{shlex.join(["python", *sys.argv])}
+{redacted(shlex.join(["python", *sys.argv]))}
 ```
 """
 

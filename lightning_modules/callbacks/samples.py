@@ -4,6 +4,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from lightning_modules.redaction import redacted
+
 
 class Samples(Callback):
     """Prints what the model makes of fixed prompts after each validation of a fit, and logs it to W&B.
@@ -44,5 +46,7 @@ class Samples(Callback):
             print("  │ " + text.rstrip().replace("\n", "\n  │ "))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                rows = [[trainer.global_step, p, t] for p, t in zip(self.prompts, texts, strict=True)]
+                rows = [
+                    [trainer.global_step, redacted(p), redacted(t)] for p, t in zip(self.prompts, texts, strict=True)
+                ]
                 logger.log_text("samples", columns=["step", "prompt", "text"], data=rows)
