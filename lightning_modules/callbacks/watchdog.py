@@ -32,6 +32,7 @@ class Watchdog(Callback):
             raise ValueError(f"--watchdog.minutes is {minutes}; pass 0 (never) or more")
         self.minutes = minutes
         self._over = threading.Event()
+        self._slots: mmap.mmap | None = None
         self._passed = 0
         self._station = 0
 
@@ -54,7 +55,7 @@ class Watchdog(Callback):
 
     def _pass(self, trainer: Trainer, station: int) -> None:
         """Begins a station."""
-        if self.minutes:
+        if self._slots is not None:
             self._passed += 1
             slot = _SLOT.pack(os.getpid(), self._passed * len(STATIONS) + station, trainer.global_step)
             self._slots[self._rank * _SLOT.size : (self._rank + 1) * _SLOT.size] = slot
