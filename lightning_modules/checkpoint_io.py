@@ -183,7 +183,7 @@ def newest(folder: Path) -> Path | None:
     steps: dict[Path, int] = {}
     for path in files:
         try:
-            steps[path] = _step(path)
+            steps[path] = step_of(path)
         except DamagedCheckpoint as error:
             print(f"warning: {error}; it is passed over", file=sys.stderr)
     for path in sorted(steps, key=lambda path: (steps[path], path.stat().st_mtime_ns), reverse=True):
@@ -201,7 +201,7 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
     """The step of a checkpoint; raises DamagedCheckpoint where even that cannot be read."""
     if (stamp := _stamp(path)) is not None:
         return int(stamp[1])

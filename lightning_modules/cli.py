@@ -273,6 +273,10 @@ def main(
         from lightning_modules.verify import verify
 
         verify(default_config.with_suffix(".py"), words[1:])
+    if words[:1] == ["replay"]:
+        from lightning_modules.replay import replay
+
+        replay(default_config.with_suffix(".py"), words[1:])
     set_parsing_settings(subclasses_enabled=[Schedule, PreTrainedConfig])
     warnings.filterwarnings("ignore", module="lightning|torch")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
