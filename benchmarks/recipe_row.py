@@ -70,7 +70,7 @@ def config(job: Job) -> dict[str, dict]:
 def train(job: Job) -> None:
     file = Path(job.folder) / f"recipe-{job.commands}.yaml"
     file.write_text(json.dumps(config(job)))  # JSON is YAML
-    sys.argv = ["recipes/pretrain.py", "fit", "--config", str(file)]
+    sys.argv = ["recipes/pretrain.py", "fit", "--allow_import", "recipe_row", "--config", str(file)]
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 

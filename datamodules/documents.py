@@ -82,7 +82,7 @@ def _row_texts(path: Path, form: str, text_column: str, bad_rows: BadRows) -> It
     for number, value in rows:
         fault = _fault(value)
         if fault:
-            bad_rows.add(str(path), f"{path}, row {number}: {text_column!r} {fault}")
+            bad_rows.add(str(path), f"{path}:{number}: {text_column!r} {fault}")
         else:
             yield value
 
@@ -218,7 +218,7 @@ def _csv_values(path: Path, column: str, bad_rows: BadRows) -> Iterator[tuple[in
         if len(row) == len(header):
             yield number, row[index]
         elif row:
-            bad_rows.add(str(path), f"{path}, row {number}: {len(row)} fields where the header has {len(header)}")
+            bad_rows.add(str(path), f"{path}:{number}: {len(row)} fields where the header has {len(header)}")
 
 
 def _parquet_values(path: Path, column: str) -> Iterator[tuple[int, object]]:
@@ -243,46 +243,58 @@ def _parquet_values(path: Path, column: str) -> Iterator[tuple[int, object]]:
 
 def _json_values(path: Path, form: str, column: str, bad_rows: BadRows) -> Iterator[tuple[int, object]]:
     found, names = False, None
-    for number, row in _json_rows(path, bad_rows) if form == ".jsonl" else _json_document(path, bad_rows):
+    for number, row in (_json_rows if form == ".jsonl" else _json_document)(path, column, bad_rows):
         if not isinstance(row, dict):
-            bad_rows.add(str(path), f"{path}, row {number} is no JSON object but {type(row).__name__}")
+            bad_rows.add(str(path), f"{path}:{number}: no JSON object but {type(row).__name__}")
             continue
         names = names or list(row)
         if column in row:
             found = True
             yield number, row[column]
         elif found or bad_rows.skip:
-            bad_rows.add(str(path), f"{path}, row {number} has no {column!r}")
+            bad_rows.add(str(path), f"{path}:{number}: no {column!r}")
         else:
             break
     if names and not found:
         raise ValueError(_missing(path, column, names))
 
 
-def _json_rows(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, object]]:
+def _json_rows(path: Path, column: str, bad_rows: BadRows) -> Iterator[tuple[int, object]]:
     """One row a line, numbered by lines."""
+    quoted = json.dumps(column)
     with _opened(path) as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                text = line.decode("utf-8-sig")
+                # A key that stands twice would lose its first value in silence; looking for it costs time.
+                twice = text.count(quoted) > 1
+                row = json.loads(text, object_pairs_hook=_without_repetition if twice else None)
             except UnicodeDecodeError as error:
-                bad_rows.add(str(path), f"{path}, row {number} is not UTF-8 at its byte {error.start}")
+                bad_rows.add(str(path), f"{path}:{number}: not UTF-8 at its byte {error.start}")
             except ValueError as error:
-                bad_rows.add(str(path), f"{path}, row {number} is no JSON ({error})")
+                bad_rows.add(str(path), f"{path}:{number}: no JSON ({error})")
             else:
                 yield number, row
 
 
-def _json_document(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, object]]:
+def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return row
+
+
+def _json_document(path: Path, column: str, bad_rows: BadRows) -> Iterator[tuple[int, object]]:
     """A list of rows, an object that holds one list, or (many files named .json are such) one row a line."""
     text = "".join(_decoded_blocks(path))
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            yield from _json_rows(path, bad_rows)
+            yield from _json_rows(path, column, bad_rows)
             return
         raise ValueError(f"{path} is no JSON (line {error.lineno}: {error.msg}); mend it or leave it out") from None
     lists = [value for value in content.values() if isinstance(value, list)] if isinstance(content, dict) else [content]

@@ -66,7 +66,7 @@ class HubRows:
             raise ValueError(f"{self.name} has no column {text_column!r}; pass --data.text_column, one of: {columns}")
         for number, text in enumerate(self.rows[text_column], 1):
             if not isinstance(text, str):
-                bad_rows.add(self.name, f"{self.name}, row {number}: {text_column!r} is {type(text).__name__}, no text")
+                bad_rows.add(self.name, f"{self.name}:{number}: {text_column!r} is {type(text).__name__}, no text")
             elif text:
                 yield Piece(True, text)
             else:

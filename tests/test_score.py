@@ -297,7 +297,7 @@ def test_what_is_wrong_with_the_text_is_said(capsys, tmp_path: Path):
     assert "nowhere.txt does not exist" in error(capsys, *folder, "--data.path", tmp_path / "nowhere.txt")
     assert "empty.txt is empty" in error(capsys, *folder, "--data.path", tmp_path / "empty.txt")
     assert "latin.txt is not UTF-8 at byte 2" in error(capsys, *folder, "--data.path", tmp_path / "latin.txt")
-    assert "rows.jsonl, row 2" in error(capsys, *folder, "--data.path", tmp_path / "rows.jsonl")
+    assert "rows.jsonl:2: " in error(capsys, *folder, "--data.path", tmp_path / "rows.jsonl")
     assert "did you mean --data.path" in error(capsys, *folder, "--data.pat", "x")
     score.main([*map(str, folder), "--data.path", str(tmp_path / "rows.jsonl"), "--data.on_bad_row", "skip"])
     captured = capsys.readouterr()

@@ -101,13 +101,13 @@ def test_empty_rows_are_left_out_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        (b"{oops", "row 3 is no JSON"),
-        (b"[1]", "row 3 is no JSON object but list"),
-        (b'{"text": null}', "row 3: 'text' is null"),
-        (b'{"text": 7}', "row 3: 'text' is no text but int"),
-        (b'{"id": 7}', "row 3 has no 'text'"),
-        (b'{"text": "\xff"}', "row 3 is not UTF-8 at its byte 10"),
-        (b'{"text": "\\ud800"}', "row 3: 'text' holds half a surrogate pair"),
+        (b"{oops", ":3: no JSON"),
+        (b"[1]", ":3: no JSON object but list"),
+        (b'{"text": null}', ":3: 'text' is null"),
+        (b'{"text": 7}', ":3: 'text' is no text but int"),
+        (b'{"id": 7}', ":3: no 'text'"),
+        (b'{"text": "\xff"}', ":3: not UTF-8 at its byte 10"),
+        (b'{"text": "\\ud800"}', ":3: 'text' holds half a surrogate pair"),
     ],
 )
 def test_a_bad_row_is_named_or_left_out_and_counted(tmp_path, line, fault):
@@ -116,7 +116,7 @@ def test_a_bad_row_is_named_or_left_out_and_counted(tmp_path, line, fault):
     file.write_bytes(b"\n".join([good, good, line, good]))
     with pytest.raises(ValueError) as error:
         read(file)
-    assert f"{file}, {fault}" in str(error.value) and "--data.on_bad_row skip" in str(error.value)
+    assert f"{file}{fault}" in str(error.value) and "--data.on_bad_row skip" in str(error.value)
     assert "\n" not in str(error.value)
     bad_rows = BadRows(skip=True)
     assert [piece.text for piece in pieces(file, "text", bad_rows)] == ["good"] * 3
@@ -130,7 +130,7 @@ def test_a_first_row_without_the_column_may_be_skipped_like_any_other(tmp_path):
 
 def test_a_row_of_csv_with_too_few_fields_is_bad(tmp_path):
     (tmp_path / "rows.csv").write_text("id,text\n1,good\n2\n3,good\n")
-    with pytest.raises(ValueError, match="rows.csv, row 2: 1 fields where the header has 2"):
+    with pytest.raises(ValueError, match="rows.csv:2: 1 fields where the header has 2"):
         read(tmp_path / "rows.csv")
     assert read(tmp_path / "rows.csv", skip=True) == ["good", "good"]
 
