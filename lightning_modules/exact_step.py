@@ -66,6 +66,7 @@ class ExactStep(LightningModule):
 
     def on_train_start(self) -> None:
         self._sums = None
+        self._parameters_in_order = list(self.network.parameters())
         so_far, self._step_so_far = self._step_so_far, None
         if so_far is None:
             return
@@ -91,7 +92,10 @@ class ExactStep(LightningModule):
         self._window.append(batch)
         # Dropout follows from the place in the training, not from what was drawn before: resuming needs no generator's
         # state, and two ranks draw what one draws in two micro-batches.
-        torch.manual_seed(micro_batch_seed(self.seed, data.batch_row))
+        seed = micro_batch_seed(self.seed, data.batch_row)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes milliseconds on a machine without a GPU
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         if self.parts == 1:
             try:
                 return self._objective(batch)
@@ -188,7 +192,9 @@ class ExactStep(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """One sum over the ranks: of the loss and its tokens, of what each wishes, and of those whose gradient is not
         finite."""
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        # Walking through all modules takes as long as a small model's optimizer.
+        self._stepped = [p for p in self._parameters_in_order if p.grad is not None]
+        gradients = [p.grad for p in self._stepped]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
         mine = torch.cat([self._sums, self._sums.new_tensor(self.wishes), (~torch.isfinite(norm)).double()[None]])
         nats, count, tokens, *wishes, not_finite = self.trainer.strategy.reduce(mine, reduce_op="sum")
@@ -206,16 +212,16 @@ class ExactStep(LightningModule):
         """Scales to the mean over the step's tokens and clips by the norm over all gradients in float32, in one pass,
         under every precision, fused optimizers included. What is not finite is taken away, and with it the step."""
         if not self.step_is_finite:
-            for parameter in self.network.parameters():
+            for parameter in self._stepped:
                 parameter.grad = None
             return
         factor = self._scale
         if gradient_clip_val and gradient_clip_algorithm != "value":
             factor = factor * (gradient_clip_val / (self.step_grad_norm + 1e-6)).clamp(max=1)
         if factor.device.type != "cpu" or factor != 1:
-            torch._foreach_mul_([p.grad for p in self.network.parameters() if p.grad is not None], factor)
+            torch._foreach_mul_([p.grad for p in self._stepped], factor)
         if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self.network.parameters(), gradient_clip_val)
+            torch.nn.utils.clip_grad_value_(self._stepped, gradient_clip_val)
 
 
 def recount(progress: dict, consumed: int, rows_per_epoch: int, rows_per_micro_step: int) -> None:

@@ -1,5 +1,6 @@
 """Loss, gradient norm, learning rate, tokens per second and MFU, once every log_every_n_steps optimizer steps."""
 
+import gc
 import time
 
 import torch
@@ -31,6 +32,9 @@ class Speed(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         for logger in trainer.loggers:
             tracking.define_metrics(logger)
+        # What start-up made lives as long as the run: the collector need not look at a million objects again and again.
+        gc.collect()
+        gc.freeze()
         self._window = (self.training_seconds, int(module.tokens))
         self._resume()
 
