@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-gpu lint bench bench-gpu golden clean
+.PHONY: help setup pretrain test test-gpu torture lint bench bench-gpu golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ test: setup ## the tests: no GPU, no network
 
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
+
+torture: setup ## runs hurt at random moments (about 15 minutes); ARGS="--soak_minutes 60" for longer
+	$(BIN)/python -m tests.torture $(ARGS)
 
 lint: setup ## style and unused names
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ metrics.csv every 10 steps. Validation, checkpoints and start-up are not.
 """
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def config(job: Job) -> dict[str, dict]:
             "accelerator": job.device,
             "devices": 1,
             "precision": precision,
-            "default_root_dir": str(Path(job.folder) / f"run-{job.commands}"),
+            "default_root_dir": str(Path(job.folder) / f"run-{os.getpid()}"),
             "max_steps": 10**6,
             "gradient_clip_val": 1.0,
             "log_every_n_steps": 10,
@@ -68,7 +69,7 @@ def config(job: Job) -> dict[str, dict]:
 
 
 def train(job: Job) -> None:
-    file = Path(job.folder) / f"recipe-{job.commands}.yaml"
+    file = Path(job.folder) / f"recipe-{os.getpid()}.yaml"
     file.write_text(json.dumps(config(job)))  # JSON is YAML
     sys.argv = ["recipes/pretrain.py", "fit", "--allow_import", "recipe_row", "--config", str(file)]
     runpy.run_path(str(SCRIPT), run_name="__main__")

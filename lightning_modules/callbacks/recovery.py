@@ -6,6 +6,7 @@ import shutil
 import signal
 import struct
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -50,8 +51,9 @@ class Recovery(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         # Lightning's own handler would call a collective from within the signal, and hang.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._handle)
         self._trainer = trainer
         self._saved_at = time.monotonic()
         if trainer.is_global_zero:
@@ -153,8 +155,13 @@ class Recovery(Callback):
         if trainer.is_global_zero:
             name = signal.Signals(self._leaving).name
             print(
-                f"{name} at step {trainer.global_step}: {path} is what --ckpt_path last goes on from", file=sys.stderr
+                f"{name} at step {trainer.global_step}: {path} is written; the same command goes on with "
+                f"--trainer.default_root_dir {trainer.default_root_dir} --ckpt_path last",
+                file=sys.stderr,
             )
+        for thread in threading.enumerate():
+            if thread.name == "child-process-observer":  # would kill this rank when it sees that another has ended
+                thread._child_processes = []
         raise SystemExit(128 + self._leaving)
 
     def state_dict(self) -> dict:

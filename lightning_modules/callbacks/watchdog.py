@@ -89,12 +89,14 @@ class Watchdog(Callback):
 
     def _watch(self, ranks: int) -> None:
         seconds = 60 * self.minutes
-        seen, since = b"", time.monotonic()
-        while not self._over.wait(min(1.0, seconds / 10)):
-            now = bytes(self._slots)
-            if now != seen:
-                seen, since = now, time.monotonic()
-            elif time.monotonic() - since > seconds:
+        pause = min(1.0, seconds / 10)
+        seen, since, looked = b"", time.monotonic(), time.monotonic()
+        while not self._over.wait(pause):
+            stopped = time.monotonic() - looked > pause + seconds / 2  # all of it, by Ctrl-Z: nobody stands still
+            looked, now = time.monotonic(), bytes(self._slots)
+            if now != seen or stopped:
+                seen, since = now, looked
+            elif looked - since > seconds:
                 self._end([_SLOT.unpack_from(seen, i * _SLOT.size) for i in range(ranks)], seconds)
 
     def _end(self, slots: list[tuple[int, int, int]], seconds: float) -> None:
