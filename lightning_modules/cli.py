@@ -37,7 +37,7 @@ from lightning_modules.callbacks.samples import Samples
 from lightning_modules.callbacks.speed import Speed
 from lightning_modules.callbacks.watchdog import Watchdog
 from lightning_modules.checkpoint_io import CheckpointFiles
-from lightning_modules.command_line import OneLineParser, one_line_errors
+from lightning_modules.command_line import OneLineParser, one_line_errors, unbreakable_output
 from lightning_modules.precision import BF16Weights
 from lightning_modules.redaction import redacted
 from lightning_modules.restarts import join_after_restart
@@ -281,7 +281,7 @@ def main(
     warnings.filterwarnings("ignore", module="lightning|torch")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    with one_line_errors(), no_empty_run_folder():
+    with unbreakable_output(), one_line_errors(), no_empty_run_folder():
         RecipeCLI(
             default_config,
             default_model,

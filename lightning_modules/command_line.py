@@ -5,9 +5,10 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from jsonargparse import ArgumentParser
 
@@ -36,6 +37,43 @@ def one_line_errors() -> Iterator[None]:
         if type(error).__name__ != "MisconfigurationException" or os.environ.get("LIGHTNING_LM_TRACEBACK"):
             raise
         fail(str(error))
+
+
+class _Unbreakable:
+    """A stream whose reader may go, as `| head` does: what is written from then on goes nowhere."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._guarded(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._guarded(self._stream.flush)
+
+    def _guarded(self, function: Callable, *arguments: str) -> None:
+        try:
+            function(*arguments)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def unbreakable_output() -> Iterator[None]:
+    """A run does not end because nobody reads what it prints any more."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Unbreakable, streams)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

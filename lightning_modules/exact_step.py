@@ -64,9 +64,12 @@ class ExactStep(LightningModule):
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
             recount(progress, consumed, data.rows_per_epoch, data.rows_per_micro_step)
 
+    def on_fit_start(self) -> None:
+        # Walking through all modules at each step takes as long as a small model's optimizer.
+        self._parameters_in_order = list(self.network.parameters())
+
     def on_train_start(self) -> None:
         self._sums = None
-        self._parameters_in_order = list(self.network.parameters())
         so_far, self._step_so_far = self._step_so_far, None
         if so_far is None:
             return
@@ -192,7 +195,6 @@ class ExactStep(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """One sum over the ranks: of the loss and its tokens, of what each wishes, and of those whose gradient is not
         finite."""
-        # Walking through all modules takes as long as a small model's optimizer.
         self._stepped = [p for p in self._parameters_in_order if p.grad is not None]
         gradients = [p.grad for p in self._stepped]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))

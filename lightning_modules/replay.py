@@ -96,11 +96,13 @@ def layer_norms(module: LightningModule) -> dict[str, float]:
 
 
 def replay(script: Path, words: list[str]) -> None:
-    """Ends the process: 0 where the loss is the one that metrics.csv has of the step, or where it has none."""
+    """Ends the process: 0 where the loss is the one that metrics.csv has of the step, or where it has none. Flags
+    that it does not know are for fit."""
     parser = argparse.ArgumentParser(prog=f"{script.name} replay", description=__doc__)
+    parser.error = fail
     parser.add_argument("--run", type=Path, required=True, help="the run's folder")
     parser.add_argument("--step", type=int, required=True, help="counted from 1")
-    options = parser.parse_args(words)
+    options, flags = parser.parse_known_args(words)
     if not (options.run / "config.yaml").is_file():
         fail(f"--run {options.run} has no config.yaml; pass the folder of a run")
     start = checkpoint_before(options.run / "checkpoints", options.step)
@@ -115,7 +117,7 @@ def replay(script: Path, words: list[str]) -> None:
         config["trainer"]["limit_val_batches"] = 0
         (Path(folder) / "replay.yaml").write_text(yaml.safe_dump(config))
         environment = os.environ | {"WANDB_MODE": "disabled"}
-        command = [sys.executable, str(script), "fit", "--config", str(Path(folder) / "replay.yaml")]
+        command = [sys.executable, str(script), "fit", "--config", str(Path(folder) / "replay.yaml"), *flags]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     _, found, told = done.stdout.partition(f"\nstep {options.step}\n")
     if not found:

@@ -4,6 +4,8 @@ Run:
     python recipes/pretrain.py fit
     python recipes/pretrain.py fit --data.path my_texts/ --trainer.max_steps 2000
     python recipes/pretrain.py fit --config recipes/pretrain_bert.yaml
+    python recipes/pretrain.py fit --trainer.default_root_dir runs/mine --ckpt_path last
+    python recipes/pretrain.py verify
 """
 
 from pathlib import Path

@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there, and what is damaged is never loaded."""
 
+import json
 import os
 import pickle
 import random
@@ -173,3 +174,30 @@ def test_the_digest_sees_every_part_and_no_clock():
     for change in ({"Text": {"consumed": 5}}, {"tokens": 6}, {"lr_schedulers": [{"last_epoch": 4}]}, checkpoint(2)):
         digests.add(checkpoint_io.digest(one | change))
     assert len(digests) == 5
+
+
+def test_no_code_of_a_model_folder_runs(tmp_path):
+    """Weights as a pickle, a class of the folder's own, a tokenizer of the folder's own."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from lightning_modules.model_folder import load
+
+    def folder(name: str, **config) -> Path:
+        small = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64)
+        GPT2LMHeadModel(small).save_pretrained(tmp_path / name)
+        stored = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(stored | config))
+        return tmp_path / name
+
+    canary = tmp_path / "canary"
+    pickled = folder("pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Gadget(canary)}, pickled / "pytorch_model.bin")
+    own_code = folder(
+        "own_code", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}, model_type="evil"
+    )
+    (own_code / "evil.py").write_text(f"import os\nos.mkdir({str(canary)!r})\n")
+    for path in (pickled, own_code):
+        with pytest.raises((ValueError, OSError)):
+            load(str(path), None, "cpu", "float32", False, lambda: False)
+    assert not canary.exists()

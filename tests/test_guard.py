@@ -67,8 +67,8 @@ def test_rollback_takes_the_weights_of_the_last_checkpoint(fit, tmp_path, capsys
 
 
 def test_a_spike_is_told_in_its_step_and_a_clean_run_has_none(fit, tmp_path, capsys):
-    fit(Guard(), SpoilsLoss([25], factor=20.0), max_steps=200)
-    assert [line["step"] for line in unusual(tmp_path)] == [25]
+    fit(Guard(), SpoilsLoss([250], factor=20.0), max_steps=1000)
+    assert [line["step"] for line in unusual(tmp_path)] == [250]
     assert "times the usual" in capsys.readouterr().err
 
 

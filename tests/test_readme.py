@@ -57,12 +57,15 @@ def test_a_command_runs_as_it_is_written(command, place, monkeypatch, capsys):
     if "<" in arguments:
         monkeypatch.setattr(sys, "stdin", io.StringIO(Path(arguments[-1]).read_text()))
         arguments = arguments[:-2]
-    if script == "recipes/pretrain.py":
+    if arguments[0] == "replay":
+        arguments = ["replay", "--run", "run", "--step", "2"]
+    elif script == "recipes/pretrain.py":
         arguments += toy_flags(arguments)
     else:  # whatever model the command names
         arguments[arguments.index("--model") + 1] = "run/model"
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for what runs in processes of its own
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as end:

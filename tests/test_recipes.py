@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -230,3 +231,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(flag, corpus, tmp_path, capsys, m
     errors = capsys.readouterr().err.strip().splitlines()
     assert errors[-1].startswith("error: ") and MISTAKES[flag] in errors[-1]
     assert not any(line.startswith("Traceback") for line in errors)
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output_any_more(corpus, tmp_path):
+    """As with `| head -1`."""
+    flags = [f"--{name}={value}" for name, value in (TOY | {"data.path": corpus, "trainer.max_steps": 6}).items()]
+    flags += [f"--model.architecture.{name}={value}" for name, value in SMALL["NanoChatConfig"].items()]
+    command = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), "fit", *flags]
+    command.append(f"--trainer.default_root_dir={tmp_path}")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() is not None
+    process.stdout.close()
+    told = process.stderr.read()
+    assert process.wait() == 0 and "Traceback" not in told and "BrokenPipe" not in told
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 6
