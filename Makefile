@@ -5,16 +5,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-gpu torture lint bench bench-gpu golden clean
+.PHONY: help setup pretrain test test-gpu torture lint bench bench-gpu lock golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --require-hashes --no-deps --requirement requirements.lock
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0 setuptools
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[optim,bench,test]'
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 setup: $(STAMP) ## the environment alone: .venv with the exact versions of constraints.txt
@@ -40,6 +41,13 @@ bench: setup ## speed beside the peers, on a quiet machine; writes docs/benchmar
 
 bench-gpu: setup ## the same at 124M and 1B on a CUDA device
 	$(BIN)/python benchmarks/run.py --gpu
+
+lock: setup ## write requirements.lock anew: the versions of constraints.txt with the hashes of their files
+	$(BIN)/pip install --quiet uv
+	sed -n '/^#/p;/^$$/q' requirements.lock > requirements.lock.new
+	grep -v '^#\|^torch==' constraints.txt | $(BIN)/uv pip compile - --no-deps --generate-hashes --no-annotate \
+		--no-header --quiet >> requirements.lock.new
+	mv requirements.lock.new requirements.lock
 
 golden: setup ## rewrite the golden losses after a change that is meant to change them
 	$(BIN)/python -m pytest tests/test_golden.py --rewrite-golden
