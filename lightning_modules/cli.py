@@ -7,13 +7,9 @@ and keep a run.
 import gc
 import importlib
 import logging
-import os
 import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -25,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import WandbLogger
 from transformers import PreTrainedConfig
 
-from lightning_modules import checkpoint_io, hardware, tracking
+from lightning_modules import hardware, tracking
 from lightning_modules.callbacks.guard import Guard
 from lightning_modules.callbacks.horizon import Horizon
 from lightning_modules.callbacks.plan import Plan
@@ -41,11 +37,8 @@ from lightning_modules.command_line import OneLineParser, one_line_errors, unbre
 from lightning_modules.precision import BF16Weights
 from lightning_modules.redaction import redacted
 from lightning_modules.restarts import join_after_restart
+from lightning_modules.run_folder import find_checkpoint, no_empty_run_folder, require_new, run_folder
 from lightning_modules.schedules import Schedule
-
-RUN_FOLDER = "LIGHTNING_LM_RUN_FOLDER"
-"""Environment variable by which the ranks that Lightning starts learn the folder that the first one chose."""
-
 
 IMPORTABLE = (
     "lightning_modules",
@@ -128,7 +121,10 @@ class RecipeCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would lay the checkpoint's settings over the command line here, in silence; the flags decide."""
         config = self.config[self.config.subcommand]
-        self.ckpt_path = find_checkpoint(config.ckpt_path, config.trainer.default_root_dir)
+        folder = config.trainer.default_root_dir
+        if self.config.subcommand == "fit" and config.ckpt_path is None and folder is not None:
+            require_new(Path(folder))
+        self.ckpt_path = find_checkpoint(config.ckpt_path, folder)
 
     def before_instantiate_classes(self) -> None:
         trainer = self.config[self.subcommand].trainer
@@ -203,55 +199,6 @@ def take_flag(flag: str, args: list[str]) -> tuple[list[str], list[str]]:
         else:
             left.append(word)
     return left, values
-
-
-def find_checkpoint(asked: str | None, folder: str | None) -> str | None:
-    """The file that --ckpt_path stands for: of "last" the newest whole one of the run's folder, None where there is
-    none yet. A folder is a sharded checkpoint: its strategy's."""
-    if asked is None:
-        return None
-    if str(asked) == "last":
-        if folder is None:
-            raise ValueError("--ckpt_path last needs --trainer.default_root_dir, the folder of the run to go on with")
-        path = checkpoint_io.newest(Path(folder) / "checkpoints")
-        if path is None and "LOCAL_RANK" not in os.environ:
-            print(f"no checkpoint in {folder}/checkpoints yet: the run begins", file=sys.stderr)
-        return path and str(path)
-    if "://" in str(asked):
-        raise ValueError(f"--ckpt_path {asked} is no file of this machine; fetch it first")
-    if not Path(asked).exists():
-        raise FileNotFoundError(f"--ckpt_path {asked} does not exist; checkpoints are in a run's folder checkpoints/")
-    if Path(asked).is_file():
-        checkpoint_io.verify(Path(asked))
-    return str(asked)
-
-
-def run_folder(recipe: str, chosen: str | None) -> Path:
-    """Makes and returns the folder of a run: the chosen one, or runs/<recipe>-<date>-<time>."""
-    folder = Path(chosen or os.environ.get(RUN_FOLDER) or f"runs/{recipe}-{datetime.now():%Y%m%d-%H%M%S}")
-    if not chosen:
-        os.environ[RUN_FOLDER] = str(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise PermissionError(
-            f"cannot write to {folder} ({error.strerror}); pass another --trainer.default_root_dir"
-        ) from error
-    return folder
-
-
-@contextmanager
-def no_empty_run_folder() -> Iterator[None]:
-    """Takes away a folder that a recipe named and made itself, where nothing came of the run."""
-    before = os.environ.get(RUN_FOLDER)
-    try:
-        yield
-    finally:
-        if (made := os.environ.get(RUN_FOLDER)) and made != before:
-            with suppress(OSError):  # not empty: there was a run
-                Path(made).rmdir()
 
 
 def main(

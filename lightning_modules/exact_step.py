@@ -70,17 +70,20 @@ class ExactStep(LightningModule):
 
     def on_train_start(self) -> None:
         self._sums = None
-        so_far, self._step_so_far = self._step_so_far, None
-        if so_far is None:
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Sums and gradients of the micro-batches that were done before a checkpoint in the middle of a step."""
+        if self._step_so_far is None:
             return
-        mine, ranks = self.global_rank, self.trainer.world_size
-        if len(so_far["sums"]) != ranks:  # only their sum over all ranks counts
+        so_far, mine = self._step_so_far, self.global_rank
+        if len(so_far["sums"]) != self.trainer.world_size:  # only their sum over all ranks counts
             so_far = {name: value.sum(0, keepdim=True) for name, value in so_far.items()}
         if mine < len(so_far["sums"]):
-            self._sums = so_far.pop("sums")[mine].to(self.device)
-            for name, gradient in so_far.items():
-                parameter = self.network.get_parameter(name)
-                parameter.grad = gradient[mine].to(parameter)
+            self._sums = so_far["sums"][mine].to(self.device)
+            for name, parameter in self.network.named_parameters():
+                if name in so_far:
+                    parameter.grad = so_far[name][mine].to(parameter)
 
     # Forward and backward
 
@@ -90,6 +93,7 @@ class ExactStep(LightningModule):
         # Any constant would do that all micro-batches and ranks of a step share; this one keeps float16 in range.
         self._nominal = data.batch_size * data.seq_len
         if self._sums is None:
+            self._step_so_far = None
             self._window.clear()
             self.trainer.optimizers[0].zero_grad()
         self._window.append(batch)
@@ -165,6 +169,7 @@ class ExactStep(LightningModule):
         """The micro-batches of the step so far, none of which counts any more."""
         self._sums = None
         self.trainer.optimizers[0].zero_grad()
+        self._take_up()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return self._window

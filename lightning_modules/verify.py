@@ -22,6 +22,7 @@ from lightning_modules import checkpoint_io
 from lightning_modules.callbacks.recovery import STEPS_DONE, steps_done
 from lightning_modules.checks import Check, at_most, difference
 from lightning_modules.command_line import fail
+from lightning_modules.run_folder import RUN_FOLDER
 
 STEPS = 12
 SHORT = (
@@ -68,7 +69,7 @@ class Runs:
     def start(self, name: str, *flags: str) -> subprocess.Popen:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
-        environment = {key: value for key, value in os.environ.items() if key != "LIGHTNING_LM_RUN_FOLDER"}
+        environment = {key: value for key, value in os.environ.items() if key != RUN_FOLDER}
         log = (folder / "log").open("a")
         return subprocess.Popen(
             [sys.executable, str(self.script), "fit", *self.flags, *SHORT, *flags]

@@ -132,10 +132,11 @@ class Recovery(Callback):
     ) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        wishes = torch.tensor([self._signal == signal.SIGTERM, self._signal == signal.SIGINT], device=module.device)
-        terminate, interrupt = trainer.strategy.reduce(wishes.float(), reduce_op="sum").tolist()
-        if terminate or interrupt:
-            self._leaving = signal.SIGTERM if terminate else signal.SIGINT
+        told = [float(self._signal == signal.SIGTERM), float(self._signal == signal.SIGINT)]
+        if trainer.world_size > 1:
+            told = trainer.strategy.reduce(torch.tensor(told, device=module.device), reduce_op="sum").tolist()
+        if any(told):
+            self._leaving = signal.SIGTERM if told[0] else signal.SIGINT
             self.validation_is_due = True
             self._leave(trainer)
 
