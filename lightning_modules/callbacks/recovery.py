@@ -5,15 +5,18 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.evaluation_loop import RestartStage
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from lightning_modules import tracking
 
@@ -160,9 +163,14 @@ class Recovery(Callback):
                 f"--trainer.default_root_dir {trainer.default_root_dir} --ckpt_path last",
                 file=sys.stderr,
             )
-        for thread in threading.enumerate():
-            if thread.name == "child-process-observer":  # would kill this rank when it sees that another has ended
-                thread._child_processes = []
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            for thread in threading.enumerate():
+                if thread.name == "child-process-observer":  # would kill this rank when it sees that another has ended
+                    thread._child_processes = []
+            for rank in launcher.procs:  # they leave, too; none is to outlive the first
+                with suppress(subprocess.TimeoutExpired):
+                    rank.wait(timeout=10)
         raise SystemExit(128 + self._leaving)
 
     def state_dict(self) -> dict:
