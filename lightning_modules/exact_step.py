@@ -34,6 +34,7 @@ class ExactStep(LightningModule):
         self._sums: Tensor | None = None
         """(nats, labels, tokens) of the micro-batches of the step so far; None before the first."""
         self._step_so_far: dict[str, Tensor] | None = None
+        self._parameters_in_order: list[nn.Parameter] | None = None
         self._cutting = False
         self._window: list[dict[str, Tensor]] = []
         self._nominal = 1
@@ -63,10 +64,6 @@ class ExactStep(LightningModule):
             consumed = checkpoint[type(data).__qualname__]["consumed"]
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
             recount(progress, consumed, data.rows_per_epoch, data.rows_per_micro_step)
-
-    def on_fit_start(self) -> None:
-        # Walking through all modules at each step takes as long as a small model's optimizer.
-        self._parameters_in_order = list(self.network.parameters())
 
     def on_train_start(self) -> None:
         self._sums = None
@@ -200,6 +197,9 @@ class ExactStep(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """One sum over the ranks: of the loss and its tokens, of what each wishes, and of those whose gradient is not
         finite."""
+        if self._parameters_in_order is None:
+            # Walking through all modules at each step takes as long as a small model's optimizer.
+            self._parameters_in_order = list(self.network.parameters())
         self._stepped = [p for p in self._parameters_in_order if p.grad is not None]
         gradients = [p.grad for p in self._stepped]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))

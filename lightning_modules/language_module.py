@@ -101,7 +101,6 @@ class LanguageModule(ExactStep):
         return isinstance(self.trainer.precision_plugin, BF16Weights)
 
     def on_fit_start(self) -> None:
-        super().on_fit_start()
         self.flops_per_token = flops_per_token(self.network, self.trainer.datamodule.seq_len)
 
     # The loss
