@@ -52,6 +52,7 @@ class Guard(Callback):
             return
         searching = isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler is not None
         if searching and not module.step_is_finite:
+            self._batches.clear()
             return  # float16's scaler finds the range of the gradients by such steps, and drops them itself
         loss, norm = float(module.step_loss), float(module.step_grad_norm)
         usual = statistics.median(self._losses) if len(self._losses) >= FEWEST else math.inf

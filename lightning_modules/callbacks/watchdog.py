@@ -34,7 +34,6 @@ class Watchdog(Callback):
         self._over = threading.Event()
         self._slots: mmap.mmap | None = None
         self._passed = 0
-        self._station = 0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if not self.minutes:
