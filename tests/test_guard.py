@@ -1,12 +1,14 @@
 """Steps that go wrong change nothing, are told once, and are never checkpointed."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lightning_modules import checkpoint_io
 from lightning_modules.callbacks.guard import Guard
+from lightning_modules.callbacks.recovery import Recovery
 from tests.faults import SpoilsLoss, arguments, command, state
 
 
@@ -81,3 +83,9 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_dropped_by_all(corpus, tmp_pat
     assert [line["step"] for line in lines] == [6, 6]
     assert lines[0]["rows"] == [40, 41, 42, 43] and lines[1]["rows"] == [44, 45, 46, 47]
     assert state(tmp_path)  # whole and finite
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_refused_before_the_first_step(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_modules.callbacks.recovery.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match="has 1,000 bytes free, and two checkpoints of about .* must fit"):
+        fit(Recovery())
