@@ -68,11 +68,16 @@ def config(job: Job) -> dict[str, dict]:
     }
 
 
-def train(job: Job) -> None:
+def run_recipe(job: Job, settings: dict[str, dict], *imports: str) -> None:
     file = Path(job.folder) / f"recipe-{os.getpid()}.yaml"
-    file.write_text(json.dumps(config(job)))  # JSON is YAML
-    sys.argv = ["recipes/pretrain.py", "fit", "--allow_import", "recipe_row", "--config", str(file)]
+    file.write_text(json.dumps(settings))  # JSON is YAML
+    allowed = [word for name in imports for word in ("--allow_import", name)]
+    sys.argv = ["recipes/pretrain.py", "fit", *allowed, "--config", str(file)]
     runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def train(job: Job) -> None:
+    run_recipe(job, config(job), "recipe_row")
 
 
 if __name__ == "__main__":

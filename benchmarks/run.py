@@ -21,6 +21,7 @@ import cpu_kernels
 import data_tables
 import fused_loss
 import gpu
+import layer
 import startup
 import time_to_loss
 import torch
@@ -28,7 +29,7 @@ import training
 from page import ROOT, Table, write
 from sizes import GPT2, MIDDLE, SMALL
 
-PARTS = ("training", "fused_loss", "cpu_kernels", "time_to_loss", "encoding", "loading", "startup")
+PARTS = ("training", "layer", "fused_loss", "cpu_kernels", "time_to_loss", "encoding", "loading", "startup")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -63,6 +64,10 @@ def measured(options: argparse.Namespace) -> Iterator[list[Table]]:
             for threads in options.threads or sorted({1, cores}):
                 trained.append(measure_training(options, size, threads))
                 yield [training.table(trained[-1], "python benchmarks/run.py --only training")]
+    if "layer" in wanted:
+        threads = options.threads or sorted({1, cores})
+        yield [layer.steps([s for s in sizes if s != GPT2], threads, 4 * options.rounds, options.turn_seconds / 2)]
+        yield [layer.checkpoints(1_000_000 if options.quick else 124_000_000, options.rounds)]
     if "fused_loss" in wanted:
         yield fused_loss.tables(1 if options.quick else 3, cores)
     if "cpu_kernels" in wanted:
