@@ -4,6 +4,7 @@ A checkpoint is torch's zip file. Its comment, the last bytes of the file, says 
 comes before: a cut-off file, a flipped bit or a lost block is found without a second file beside it.
 """
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -49,7 +50,7 @@ class CheckpointFiles(CheckpointIO):
             _write(checkpoint, temporary)
             verify(temporary)
             os.replace(temporary, path)
-            _flush_folder(path.parent)
+            _flush(path.parent)
             self._failed = False
         except (OSError, RuntimeError, DamagedCheckpoint) as error:
             free = shutil.disk_usage(path.parent).free + (temporary.stat().st_size if temporary.exists() else 0)
@@ -130,13 +131,33 @@ def _write(checkpoint: dict, path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
-    """So that a new name survives a power cut, too."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """Of a file its content, of a folder the names in it: so that they survive a power cut, too."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Puts a folder in the place of another, or of none: at any moment the old one or the new one is there, whole."""
+    for path in (*new.rglob("*"), new):
+        _flush(path)
+    exchange = 2  # RENAME_EXCHANGE of Linux, https://man7.org/linux/man-pages/man2/rename.2.html
+    here = -100  # AT_FDCWD
+    libc = ctypes.CDLL(None)
+    if not folder.exists():
+        new.rename(folder)
+    elif not hasattr(libc, "renameat2") or libc.renameat2(here, bytes(new), here, bytes(folder), exchange):
+        # Elsewhere there is a moment without either under the name.
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old)
+    shutil.rmtree(new, ignore_errors=True)
+    _flush(folder.parent)
 
 
 def verify(path: Path) -> None:

@@ -207,8 +207,9 @@ def finish(loggers: list[Logger]) -> None:
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
-            if shutil.disk_usage(logger.save_dir).free < 2**20:
-                _warn(f"the disk of {logger.save_dir} is full: its copy may lack the end; metrics.csv has it")
+            folder = Path(logger.save_dir) / "wandb"
+            if not logger.gave_up and folder.exists() and shutil.disk_usage(folder).free < 2**20:
+                _warn(f"the disk of {folder} is full: what is there may lack the end; metrics.csv has it")
             if logger.gave_up:
                 import wandb
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -188,6 +189,19 @@ def members(group: int) -> list[int]:
     return alive
 
 
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A disk of its own, such as "900k", where this process may mount one."""
+    folder.mkdir(exist_ok=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True, capture_output=True
+    )
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 def kill_group(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -202,6 +216,7 @@ class SignalAt(Callback):
         where: train, before the step's first micro-batch; validation, in its second batch.
         rank: Which sends it to itself; None: all.
         marker: A file that is written then, and whose presence keeps it from happening again.
+        times: How often.
     """
 
     def __init__(
@@ -211,8 +226,10 @@ class SignalAt(Callback):
         where: str = "train",
         rank: int | None = None,
         marker: str | None = None,
+        times: int = 1,
     ):
         self.step, self.number, self.where, self.rank, self.marker = step, number, where, rank, marker
+        self.times = times
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         if self.where == "train" and trainer.global_step == self.step - 1:
@@ -227,4 +244,5 @@ class SignalAt(Callback):
         if self.rank in (None, trainer.global_rank) and not (self.marker and Path(self.marker).exists()):
             if self.marker:
                 Path(self.marker).touch()
-            os.kill(os.getpid(), self.number)
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)

@@ -4,8 +4,10 @@ import json
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,60 @@ print("goes on")
     assert "2.ckpt was not written: it needs about 160,000 bytes and" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["1.ckpt"]
     verify(tmp_path / "1.ckpt")
+
+
+def test_a_checkpoint_is_on_the_disk_and_what_was_meant_before_it_gets_its_name(tmp_path, monkeypatch):
+    """What the disk makes of it is read back: here it flips a bit."""
+    path, happened = tmp_path / "one.ckpt", []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (happened.append("flushed"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *names: (happened.append("named"), replace(*names)))
+    CheckpointFiles().save_checkpoint(checkpoint(1), path)
+    assert happened == ["flushed", "named", "flushed"]  # the file, and then the folder with its name
+    before = path.read_bytes()
+
+    def worn_out(file):
+        fsync(file)
+        os.pwrite(file, b"?", 1000)
+
+    monkeypatch.setattr(os, "fsync", worn_out)
+    with pytest.raises(DamagedCheckpoint):
+        CheckpointFiles().save_checkpoint(checkpoint(2), path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_as_a_whole_whenever_the_process_is_killed(tmp_path):
+    """Two files of the same number, whichever: never one of each, never none."""
+    script = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from lightning_modules.checkpoint_io import replace_folder
+folder = Path({str(tmp_path)!r})
+for i in range(10**9):
+    new = folder / f"new{{i}}"
+    new.mkdir()
+    for name in ("a", "b"):
+        (new / name).write_text(str(i))
+    replace_folder(new, folder / "model")
+"""
+    rng, seen = random.Random(0), set()
+    for _ in range(8):
+        for leftover in tmp_path.glob("new*"):
+            shutil.rmtree(leftover)
+        process = subprocess.Popen([sys.executable, "-c", script])
+        while not (tmp_path / "model").exists():
+            assert process.poll() is None
+        deadline = time.monotonic() + rng.uniform(0.1, 0.5)
+        while time.monotonic() < deadline:
+            assert (tmp_path / "model").is_dir()
+        process.kill()
+        process.wait()
+        numbers = {(tmp_path / "model" / name).read_text() for name in ("a", "b")}
+        assert len(numbers) == 1
+        seen |= numbers
+        shutil.rmtree(tmp_path / "model")
+    assert len(seen) > 1
 
 
 def test_the_temporary_folder_is_not_used(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM
 import pytest
 import torch
 
+from lightning_modules.checkpoint_io import step_of
 from tests.faults import arguments, command, forked, killed_until_done, members, signal_at, state, summary
 
 
@@ -92,6 +93,29 @@ def losses(folder):
     with (folder / "metrics.csv").open() as file:
         rows = [{n: v for n, v in row.items() if not n.startswith("perf/")} for row in csv.DictReader(file)]
     return rows
+
+
+def test_a_second_signal_ends_the_run_at_once(whole, corpus, tmp_path):
+    argv = arguments(tmp_path, corpus, {})
+    assert finished(argv + signal_at(20, times=2), tmp_path) == 143
+    told = (tmp_path / "log").read_text()
+    assert "once more stops at once" in told and "is written" not in told
+    assert [step_of(path) for path in recoveries(tmp_path)] == [7, 14]
+    assert finished(argv, tmp_path) == 0
+    assert "going on from step 15" in (tmp_path / "log").read_text()  # of the validation
+    assert "4 steps are done again" in (tmp_path / "log").read_text()
+    assert state(tmp_path) == state(whole)
+
+
+def recoveries(folder):
+    return sorted((folder / "checkpoints").glob("recovery-*.ckpt"))
+
+
+def test_so_many_checkpoints_stay_as_are_asked_for_and_the_best_and_the_last_always(corpus, cache, tmp_path):
+    assert finished(arguments(tmp_path, corpus, {"recovery.keep": 3}), tmp_path) == 0
+    assert [step_of(path) for path in recoveries(tmp_path)] == [42, 49, 56]
+    others = {path.name for path in (tmp_path / "checkpoints").glob("*.ckpt")} - {p.name for p in recoveries(tmp_path)}
+    assert "last.ckpt" in others and len(others) == 2
 
 
 # Ranks

@@ -13,6 +13,7 @@ import pytest
 
 from lightning_modules import tracking
 from lightning_modules.callbacks.plan import Plan
+from tests.faults import small_disk
 from tests.test_recipes import fit
 
 
@@ -120,6 +121,22 @@ def test_a_run_whose_wandb_dies_goes_on_with_one_warning(corpus, tmp_path, monke
     assert len(warnings) == 1 and "metrics.csv alone is written from here on" in warnings[0]
     with (tmp_path / "metrics.csv").open() as file:
         assert len(file.readlines()) == 1 + 30 + 3
+
+
+def test_a_run_whose_wandb_has_a_full_disk_is_the_same_run(corpus, tmp_path, monkeypatch, capsys):
+    whole = fit(tmp_path / "whole", corpus)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "full").mkdir()
+    try:
+        with small_disk(tmp_path / "full" / "wandb", "64k"):
+            summary = fit(tmp_path / "full", corpus)
+    except subprocess.CalledProcessError:
+        pytest.skip("this process may not mount a small disk")
+    assert summary["val_loss"] == whole["val_loss"]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("W&B")]
+    assert len(warnings) == 1 and "metrics.csv" in warnings[0]  # what W&B notices of it, and when, varies
+    lines = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("whole", "full")]
+    assert len(lines[0]) == len(lines[1]) > 2
 
 
 def test_a_run_that_goes_on_keeps_the_metrics_it_had(tmp_path):

@@ -19,16 +19,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from lightning_modules import checkpoint_io
 from lightning_modules.callbacks.recovery import steps_done
 from lightning_modules.checkpoint_io import CheckpointFiles, DamagedCheckpoint
-from tests.faults import arguments, command, forked, kill_group, members, state, summary
+from tests.faults import arguments, command, forked, kill_group, members, small_disk, state, summary
 from tests.test_checkpoint_io import checkpoint
+from tests.test_damaged_inputs import FILE_KINDS, ROW_KINDS
+from tests.test_tracking import Server
 
 PAIR = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 2}
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3"]
@@ -60,9 +63,9 @@ class Torture:
 
 def killed_anywhere(t: Torture) -> tuple[int, int, str]:
     """kill -9 at random moments, the same command until done: equal to the whole run, bit by bit."""
-    whole, equal, kills = t.whole("R1"), 0, 0
-    for i in range(-(-t.times // 4)):
-        folder = t.fresh(f"R1-{i}")
+    whole, equal, runs, kills = t.whole("R1"), 0, 0, 0
+    while kills < t.times:
+        folder = t.fresh(f"R1-{runs}")
         argv = arguments(folder, t.corpus, {})
         for _ in range(4):
             process = forked(argv, folder / "log")
@@ -72,9 +75,8 @@ def killed_anywhere(t: Torture) -> tuple[int, int, str]:
             process.join()
         process = forked(argv, folder / "log")
         process.join()
-        good = process.exitcode == 0 and state(folder) == whole and not list(folder.rglob("*.partial"))
-        equal += good
-    runs = -(-t.times // 4)
+        equal += process.exitcode == 0 and state(folder) == whole and not list(folder.rglob("*.partial"))
+        runs += 1
     return equal, runs, f"{kills} kills of living processes"
 
 
@@ -119,9 +121,9 @@ def torchrun_restarts(t: Torture) -> tuple[int, int, str]:
     return good, times, f"done {slowest:.1f} s after the kill at the latest"
 
 
-def _some_way(t: Torture, folder: Path, process: subprocess.Popen) -> None:
+def _some_way(t: Torture, folder: Path, process: subprocess.Popen, most: int = 50) -> None:
     """Waits until a run is at a random step."""
-    step = t.rng.randrange(1, 50)
+    step = t.rng.randrange(1, most)
     while process.poll() is None and steps_done(folder / "checkpoints") < step:
         time.sleep(0.002)
 
@@ -165,7 +167,7 @@ while True:
 def killed_saves(t: Torture) -> tuple[int, int, str]:
     """kill -9 while checkpoints are written: under the final name there is only what is whole."""
     folder, temporary = t.fresh("K3"), t.fresh("K3-tmp")
-    path, whole, times = folder / "one.ckpt", 0, 2 * t.times
+    path, whole, times = folder / "one.ckpt", 0, 4 * t.times
     root = str(Path(__file__).parents[1])
     for _ in range(times):
         process = subprocess.Popen(
@@ -182,16 +184,38 @@ def killed_saves(t: Torture) -> tuple[int, int, str]:
     return whole, times, "whole each time, and nothing in the temporary folder"
 
 
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    folder.mkdir(exist_ok=True)
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True, capture_output=True
-    )
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+def all_damaged(t: Torture) -> tuple[int, int, str]:
+    """Every checkpoint of a run is damaged somewhere: the same command refuses, and begins nothing anew."""
+    folder = t.fresh("K5")
+    argv = arguments(folder, t.corpus, {})
+    process = forked(argv, folder / "log")
+    process.join()
+    contents = {path: path.read_bytes() for path in (folder / "checkpoints").glob("*.ckpt")}
+    refused, times = 0, max(2, t.times // 5)
+    for i in range(times):
+        for path, content in contents.items():
+            path.write_bytes(t.rng.choice([cut, flipped])(t.rng, content))
+        log = folder / f"log-{i}"
+        process = forked(argv, log)
+        process.join()
+        told = log.read_text().splitlines()[-1]
+        refused += process.exitcode == 2 and "are damaged; restore one from a copy" in told
+    return refused, times, f"{len(contents)} checkpoints each"
+
+
+def damaged_inputs(t: Torture) -> tuple[int, int, str]:
+    """Text that is damaged at a random row: one line with the file, exit code 2, before anything else."""
+    told, kinds = 0, ROW_KINDS | FILE_KINDS
+    for i in range(t.times):
+        name, content = kinds[t.rng.choice(sorted(kinds))](t.rng.randrange(1, 40))
+        folder = t.fresh(f"D1-{i}")
+        (folder / name).write_bytes(content)
+        process = forked(arguments(folder / "run", folder / name, {}), folder / "log")
+        process.join()
+        lines = (folder / "log").read_text().splitlines()
+        named = lines[-1].startswith("error: ") and str(folder / name) in lines[-1]
+        told += process.exitcode == 2 and named and not (folder / "run" / "checkpoints").exists()
+    return told, t.times, "one line each, exit code 2"
 
 
 def full_disks(t: Torture) -> tuple[int, int, str]:
@@ -228,20 +252,36 @@ def spoiled_losses(t: Torture) -> tuple[int, int, str]:
 
 
 def wandb_away(t: Torture) -> tuple[int, int, str]:
-    """No server answers: the run starts within seconds and ends equal."""
-    folder = t.fresh("W1")
-    whole = t.whole("W1")
-    variables = {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    start = time.monotonic()
-    code = command(arguments(folder, t.corpus, {}), folder / "log", **variables).wait()
-    return int(code == 0 and state(folder) == whole), 1, f"{time.monotonic() - start:.1f} s in all"
+    """W&B's server does not answer, refuses the key, answers too late, or its own process is killed: the run begins
+    within seconds and ends equal."""
+    whole, equal, latest, times = t.whole("W1"), 0, 0.0, max(4, t.times // 5)
+    for i in range(times):
+        kind = ("unreachable", "wrong key", "slow", "killed")[i % 4]
+        folder = t.fresh(f"W1-{i}")
+        server = {"wrong key": Server(401), "slow": Server(200, seconds=30)}.get(kind)
+        url = f"http://127.0.0.1:{server.server_address[1] if server else 9}"
+        mode = "offline" if kind == "killed" else "online"
+        variables = {"WANDB_MODE": mode, "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": url}
+        start = time.monotonic()
+        process = command(arguments(folder, t.corpus, {}), folder / "log", **variables)
+        _some_way(t, folder, process, most=2)
+        latest = max(latest, time.monotonic() - start)
+        if kind == "killed":
+            for child in psutil.Process(process.pid).children(recursive=True):
+                if "wandb-core" in child.name():
+                    child.kill()
+        equal += process.wait() == 0 and state(folder) == whole
+    return equal, times, f"the first step {latest:.1f} s after the command at the latest"
+
+
+SIGNALS = {"kill one": signal.SIGKILL, "stop one": signal.SIGSTOP, "term": signal.SIGTERM, "int": signal.SIGINT}
 
 
 def soak(t: Torture, minutes: float) -> tuple[int, int, str]:
     """Faults about every 30 s on two ranks until the time is up, then to the end: equal; what was done again."""
     steps = int(60 * minutes * 20)
     flags = PAIR | {"trainer.max_steps": steps, "trainer.val_check_interval": 200, "recovery.every_n_steps": 50}
-    flags |= {"trainer.log_every_n_steps": 50}
+    flags |= {"trainer.log_every_n_steps": 50, "watchdog.minutes": 0.1}
     folder, end, faults, repeated = t.fresh("L1"), time.monotonic() + 60 * minutes, 0, 0
     argv = arguments(folder, t.corpus, flags)
     while True:
@@ -254,13 +294,12 @@ def soak(t: Torture, minutes: float) -> tuple[int, int, str]:
             break
         except subprocess.TimeoutExpired:
             faults += 1
-        kind = t.rng.choice(["kill", "kill one", "term", "int", "damage"])
+        kind = t.rng.choice(["kill", "kill one", "stop one", "term", "int", "damage"])
         ranks = members(process.pid)
         if kind in ("kill", "damage"):
             kill_group(process)
         else:
-            number = {"kill one": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}[kind]
-            os.kill(t.rng.choice(ranks), number)
+            os.kill(t.rng.choice(ranks), SIGNALS[kind])
         process.wait()
         deadline = time.monotonic() + 20
         while members(process.pid) and time.monotonic() < deadline:
@@ -273,8 +312,13 @@ def soak(t: Torture, minutes: float) -> tuple[int, int, str]:
             newest.write_bytes(newest.read_bytes()[:-100])
     code = process.wait()
     whole = t.whole("L1", **flags)
-    good = code == 0 and state(folder) == whole
-    return int(good), 1, f"{faults} faults, {repeated} of {summary(folder)['steps']} steps done again"
+    good = code == 0 and state(folder) == whole and not list(folder.rglob("*.partial"))
+    done = summary(folder)["steps"]
+    return (
+        int(good),
+        1,
+        f"{faults} faults; {done} steps, {repeated} of them twice: {done / (done + repeated):.0%} of use",
+    )
 
 
 TESTS: dict[str, tuple[str, Callable[[Torture], tuple[int, int, str]]]] = {
@@ -285,7 +329,9 @@ TESTS: dict[str, tuple[str, Callable[[Torture], tuple[int, int, str]]]] = {
     "K2": ("flipped bits and lost blocks found", lambda t: damaged_files(t, flipped)),
     "K3": ("killed while saving, what is there is whole", killed_saves),
     "K4": ("disk full, a checkpoint stays", full_disks),
+    "K5": ("all checkpoints damaged, refused", all_damaged),
     "N1": ("losses that are not finite, dropped", spoiled_losses),
+    "D1": ("damaged text, told in one line", damaged_inputs),
     "W1": ("W&B out of reach, ends equal", wandb_away),
 }
 

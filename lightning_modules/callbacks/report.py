@@ -20,6 +20,7 @@ from lightning_modules import hardware
 from lightning_modules.architectures import bytes_of, parameter_count
 from lightning_modules.callbacks.plan import precision, print_pairs
 from lightning_modules.callbacks.speed import Speed
+from lightning_modules.checkpoint_io import replace_folder
 from lightning_modules.redaction import redacted
 
 PACKAGES = ("lightning", "torch", "transformers", "tokenizers", "wandb")
@@ -134,16 +135,12 @@ def save_model(folder: Path, module: LightningModule, tokenizer, card: str) -> N
         pad = tokenizer.pad_token_id
         network.generation_config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
     transformers.utils.logging.disable_progress_bar()
-    temporary, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
     network.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(card)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(temporary, folder)
 
 
 def model_card(summary: dict, trainer: Trainer, module: LightningModule) -> str:
