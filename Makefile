@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-gpu torture lint bench bench-gpu lock golden clean
+.PHONY: help setup pretrain test test-gpu torture mutants lint bench bench-gpu lock golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ test-gpu: setup ## the tests that need a CUDA device
 
 torture: setup ## runs hurt at random moments (about 15 minutes); ARGS="--soak_minutes 60" for longer
 	$(BIN)/python -m tests.torture $(ARGS)
+
+mutants: setup ## each mechanism switched off in a copy, whose tests then have to fail (about 10 minutes)
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: setup ## style and unused names
 	$(BIN)/ruff check .

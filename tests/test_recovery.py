@@ -10,6 +10,7 @@ from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM
 import pytest
 import torch
 
+from lightning_modules.callbacks.recovery import STEPS_DONE, open_counter, steps_done
 from lightning_modules.checkpoint_io import step_of
 from tests.faults import arguments, command, forked, killed_until_done, members, signal_at, state, summary
 
@@ -105,6 +106,14 @@ def test_a_second_signal_ends_the_run_at_once(whole, corpus, tmp_path):
     assert "going on from step 15" in (tmp_path / "log").read_text()  # of the validation
     assert "4 steps are done again" in (tmp_path / "log").read_text()
     assert state(tmp_path) == state(whole)
+
+
+def test_a_run_that_was_killed_before_it_could_count_has_done_no_step(tmp_path):
+    assert steps_done(tmp_path) == 0
+    (tmp_path / STEPS_DONE).touch()
+    assert steps_done(tmp_path) == 0
+    open_counter(tmp_path / STEPS_DONE)[:] = (7).to_bytes(8, "little")
+    assert steps_done(tmp_path) == 7
 
 
 def recoveries(folder):

@@ -205,4 +205,5 @@ def open_counter(path: Path) -> mmap.mmap:
 def steps_done(folder: Path) -> int:
     """The last step that a run did, whether or not it was saved."""
     path = folder / STEPS_DONE
-    return struct.unpack("<q", path.read_bytes())[0] if path.exists() else 0
+    content = path.read_bytes() if path.exists() else b""
+    return struct.unpack("<q", content)[0] if len(content) == 8 else 0  # fewer: killed while it was made

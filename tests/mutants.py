@@ -1,0 +1,389 @@
+"""`make mutants`: each mechanism is switched off in a copy, and its tests have to fail there.
+
+Run:
+    python -m tests.mutants                     all, about 10 minutes
+    python -m tests.mutants --only K3 R2
+
+A test that passes without what it tests says nothing. A mutant is one change of the source; that each still fits the
+source is itself a test, test_mutants.py.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("lightning_modules", "datamodules", "recipes", "tests")
+
+
+class Mutant(NamedTuple):
+    promise: str
+    """As docs/reliability.md numbers them."""
+    without: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    """Arguments of pytest; or, from "torture" on, of `python -m tests.torture`."""
+
+
+STEP, RECOVERY = "lightning_modules/exact_step.py", "lightning_modules/callbacks/recovery.py"
+FILES, GUARD = "lightning_modules/checkpoint_io.py", "lightning_modules/callbacks/guard.py"
+TEXT, TRACKING, CLI = "datamodules/text.py", "lightning_modules/tracking.py", "lightning_modules/cli.py"
+
+MUTANTS = (
+    Mutant(
+        "R1",
+        "a seed for each micro-batch",
+        STEP,
+        "seed = micro_batch_seed(self.seed, data.batch_row)",
+        "seed = torch.default_generator.seed()",
+        "tests/test_recovery.py -k at_random_moments",
+    ),
+    Mutant(
+        "R1",
+        "the place in the text",
+        TEXT,
+        "self.consumed = self._consumed_before_batch = tokens // self.seq_len",
+        "pass",
+        "tests/test_recovery.py -k at_random_moments",
+    ),
+    Mutant(
+        "R2",
+        "the gradients of a step that was saved in its middle",
+        STEP,
+        "        self._sums = None\n        self._take_up()\n\n",
+        "        self._sums = None\n\n",
+        "tests/test_recovery.py -k goes_on_from_any_step",
+    ),
+    Mutant(
+        "R2",
+        "the validation that was due",
+        RECOVERY,
+        "epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION",
+        "pass",
+        "tests/test_recovery.py -k goes_on_from_any_step",
+    ),
+    Mutant(
+        "R3",
+        "rows by the number of those consumed",
+        TEXT,
+        "(lambda: 0) if overfitting else (lambda: self.consumed)",
+        "(lambda: 0)",
+        "tests/test_recovery.py -k once_an_epoch",
+    ),
+    Mutant(
+        "R4",
+        "the count of micro-batches on another number of ranks",
+        STEP,
+        "            recount(progress, consumed",
+        "            0 and recount(progress, consumed",
+        "tests/test_recovery.py -k any_number_of_ranks",
+    ),
+    Mutant(
+        "R5",
+        "a prefix for each attempt",
+        "lightning_modules/restarts.py",
+        'if attempt == "0" or dist.is_initialized():',
+        "if True:",
+        "torture --only R5 --times 60 --seed 1",
+    ),
+    Mutant(
+        "R6",
+        "signals noted instead of acted on",
+        RECOVERY,
+        "                signal.signal(number, self._handle)",
+        "                pass",
+        "tests/test_recovery.py -k goes_on_from_any_step",
+    ),
+    Mutant(
+        "R6",
+        "what one rank was told, for all",
+        STEP,
+        "self.wishes_of_all = [float(wish) for wish in wishes] if self.trainer.world_size > 1 else self.wishes",
+        "self.wishes_of_all = self.wishes",
+        "tests/test_recovery.py -k any_number_of_ranks",
+    ),
+    Mutant(
+        "R6",
+        "an end at the second signal",
+        RECOVERY,
+        "            os._exit(128 + number)",
+        "            return",
+        "tests/test_recovery.py -k second_signal",
+    ),
+    Mutant(
+        "R7",
+        "the watchdog's end",
+        "lightning_modules/callbacks/watchdog.py",
+        "            elif looked - since > seconds:",
+        "            elif False:",
+        "tests/test_recovery.py -k stands_still",
+    ),
+    Mutant(
+        "P1",
+        "the division by the step's tokens",
+        STEP,
+        "self._scale = divided_by / count.clamp(min=1)",
+        "self._scale = divided_by / (count + 1)",
+        "tests/test_exact_step.py -k plain_loop",
+    ),
+    Mutant(
+        "P2",
+        "a loader that begins at its first batch",
+        "datamodules/rows.py",
+        "yield from super().__iter__()",
+        "return super().__iter__()",
+        "tests/test_text.py -k restores_after_iter",
+    ),
+    Mutant(
+        "K1",
+        "the comparison on loading",
+        FILES,
+        "        verify(Path(path))\n        try:\n            # Tensors",
+        "        try:\n            # Tensors",
+        "tests/test_checkpoint_io.py -k found",
+    ),
+    Mutant(
+        "K2",
+        "the SHA-256",
+        FILES,
+        "if digest.hexdigest() != stamp[2].decode() or length",
+        "if length",
+        "tests/test_checkpoint_io.py -k found",
+    ),
+    Mutant(
+        "K3",
+        "another name until the file is whole",
+        FILES,
+        'temporary = path.with_name(f".{path.name}.partial")',
+        "temporary = path",
+        "torture --only K3 --times 8 --seed 1",
+    ),
+    Mutant(
+        "K3",
+        "reading back what was written",
+        FILES,
+        "            verify(temporary)\n",
+        "",
+        "tests/test_checkpoint_io.py -k gets_its_name",
+    ),
+    Mutant(
+        "K3",
+        "the flush to the disk",
+        FILES,
+        "        os.fsync(file.fileno())",
+        "        pass",
+        "tests/test_checkpoint_io.py -k gets_its_name",
+    ),
+    Mutant(
+        "K3",
+        "the exchange of folders",
+        FILES,
+        "    elif not hasattr(libc",
+        "    elif True or not hasattr(libc",
+        "tests/test_checkpoint_io.py -k folder_is_replaced",
+    ),
+    Mutant(
+        "K4",
+        "going on with a full disk",
+        FILES,
+        "if free >= needed and not any(",
+        "if True or not any(",
+        "tests/test_checkpoint_io.py -k disk_is_full",
+    ),
+    Mutant(
+        "K4",
+        "keeping what was saved before",
+        FILES,
+        "        if self._failed:\n            return\n",
+        "",
+        "tests/test_checkpoint_io.py -k disk_is_full",
+    ),
+    Mutant(
+        "K4",
+        "the look at the disk before the first step",
+        RECOVERY,
+        "    if free < 2 * one:",
+        "    if False:",
+        "tests/test_guard.py -k room_for_two",
+    ),
+    Mutant(
+        "K5",
+        "the refusal",
+        FILES,
+        "    if files:\n        raise ValueError(",
+        "    if False:\n        raise ValueError(",
+        "tests/test_checkpoint_io.py -k all_are_damaged",
+    ),
+    Mutant(
+        "K6",
+        "the comparison of text and flags",
+        TEXT,
+        "if changed and not self.allow_changed_data:",
+        "if False:",
+        "tests/test_text.py -k other_data",
+    ),
+    Mutant(
+        "N1",
+        "dropping the step",
+        STEP,
+        "        if not self.step_is_finite:\n",
+        "        if False:\n",
+        "tests/test_guard.py -k not_applied",
+    ),
+    Mutant(
+        "N1",
+        "one rank's flag, for all",
+        STEP,
+        "self.step_is_finite = bool(torch.isfinite(nats) & (not_finite == 0))",
+        "self.step_is_finite = bool(torch.isfinite(norm))",
+        "tests/test_guard.py -k dropped_by_all",
+    ),
+    Mutant(
+        "N1",
+        "the look at a checkpoint's numbers",
+        FILES,
+        "        if tensor.is_floating_point() and not (tensor < torch.inf).all():",
+        "        if False:",
+        "tests/test_checkpoint_io.py -k not_finite",
+    ),
+    Mutant(
+        "N2",
+        "the memory of the usual loss",
+        GUARD,
+        "            self._losses.append(loss)",
+        "            pass",
+        "tests/test_guard.py -k spike",
+    ),
+    Mutant(
+        "N2",
+        "the factor",
+        GUARD,
+        "elif loss > self.spike_factor * usual:",
+        "elif loss > usual:",
+        "tests/test_guard.py -k spike",
+    ),
+    Mutant(
+        "O1",
+        "doing the whole step again in parts",
+        STEP,
+        "        self.trainer.optimizers[0].zero_grad()\n        self._take_up()\n        if torch",
+        "        if torch",
+        "tests/test_exact_step.py -k done_again_in_parts",
+    ),
+    Mutant(
+        "D1",
+        "the look for a key that stands twice",
+        "datamodules/documents.py",
+        "_without_repetition if twice else None",
+        "None",
+        "tests/test_damaged_inputs.py",
+    ),
+    Mutant(
+        "W1",
+        "asking the server first",
+        TRACKING,
+        '    return "online" if answer.ok else "offline"',
+        '    return "online"',
+        "tests/test_tracking.py -k takes_the_key",
+    ),
+    Mutant(
+        "W1",
+        "the shield",
+        TRACKING,
+        "return _Shielded(WandbLogger.experiment.fget(self), self._give_up)",
+        "return WandbLogger.experiment.fget(self)",
+        "tests/test_tracking.py -k dies",
+    ),
+    Mutant(
+        "S1",
+        "tensors only",
+        FILES,
+        'map_location=map_location or "cpu", weights_only=True',
+        'map_location=map_location or "cpu", weights_only=False',
+        "tests/test_checkpoint_io.py -k no_code",
+    ),
+    Mutant(
+        "S2",
+        "the list of packages",
+        CLI,
+        'import_path_denylist=["*", *NEVER]',
+        "import_path_denylist=[*NEVER]",
+        "tests/test_allowed_imports.py",
+    ),
+    Mutant(
+        "S3",
+        "hiding in config.yaml",
+        CLI,
+        "text = redacted(self.parser.dump(self.config, skip_none=False))",
+        "text = self.parser.dump(self.config, skip_none=False)",
+        "tests/test_redaction.py -k no_file",
+    ),
+    Mutant(
+        "S4",
+        "the refusal",
+        "before_torch.py",
+        "    if (line := refusal()) is not None:",
+        "    if (line := None) is not None:",
+        "tests/test_before_torch.py",
+    ),
+)
+
+
+def copy(folder: Path) -> None:
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("before_torch.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+
+
+def passes(folder: Path, tests: str) -> bool:
+    """Whether the tests do, on the sources of a folder."""
+    kind, _, rest = tests.partition(" ")
+    pytest = ["pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+    words = ["tests.torture", *rest.split()] if kind == "torture" else pytest
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if kind != "torture" and done.returncode not in (0, 1):
+        raise RuntimeError(f"pytest {tests} ended with {done.returncode}:\n{done.stdout[-2000:]}")
+    return done.returncode == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=sorted({mutant.promise for mutant in MUTANTS}))
+    options = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if not options.only or mutant.promise in options.only]
+    alive = 0
+    for mutant in chosen:
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            copy(folder)
+            path = folder / mutant.file
+            path.write_text(path.read_text().replace(mutant.old, mutant.new, 1))
+            lives = passes(folder, mutant.tests)
+        alive += lives
+        verdict = "LIVES " if lives else "killed"
+        print(
+            f"{verdict}  {mutant.promise}  without {mutant.without:<58} {time.monotonic() - start:4.0f} s", flush=True
+        )
+    print(f"{len(chosen) - alive} of {len(chosen)} mutants were killed by their tests")
+    sys.exit(1 if alive else 0)
+
+
+if __name__ == "__main__":
+    main()
