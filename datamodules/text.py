@@ -8,23 +8,22 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import Batch
 from datamodules.corpus import Split, open_corpus
 from datamodules.corruption import noise_counts, raw_length
 from datamodules.encode_corpus import corpus_tokenizer, encode_corpus
 from datamodules.encoding import token_bytes
-from datamodules.row_order import HeldOutOrder, TrainingOrder, consumed_after
+from datamodules.ordered import Ordered
+from datamodules.row_order import HeldOutOrder, TrainingOrder
 from datamodules.rows import CausalRows, DenoisingRows, Loader, MaskedRows, Rows, row_loader
 from datamodules.sources import ContentHashes
 from datamodules.token_store import FORMAT_VERSION, TokenStore, TokenStream, open_store
 from datamodules.tokenization import document_start, fingerprint, require_special_tokens, sentinel_ids
 
 
-class Text(LightningDataModule):
+class Text(Ordered):
     """Rows of text. The text is tokenized once, into a folder of the cache that is named by its content.
 
     Args:
@@ -104,11 +103,6 @@ class Text(LightningDataModule):
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else caches / "lightning-lm-recipes"
         self.seed = seed
         self.allow_changed_data = allow_changed_data
-        self.consumed = 0
-        """Rows trained on so far, by all ranks together."""
-        self.batch_row = 0
-        """Number, in the whole training, of the first row of the batch in hand; -1 where this rank has none."""
-        self._consumed_before_batch = 0
         self.store: TokenStore | None = None
 
     # Preparation
@@ -189,31 +183,15 @@ class Text(LightningDataModule):
             stream, self.seq_len, pad_id, start_id, apart, self.seed, self.mask_fraction, self.mean_span, sentinels
         )
 
-    def _rank_and_ranks(self) -> tuple[int, int]:
-        """This process among those that see different rows: tensor-parallel ranks share theirs."""
-        sampler = self.trainer.distributed_sampler_kwargs if self.trainer else None
-        return (sampler["rank"], sampler["num_replicas"]) if sampler else (0, 1)
-
-    @property
-    def rows_per_micro_step(self) -> int:
-        return self.batch_size * self._rank_and_ranks()[1]
-
     def train_dataloader(self) -> Loader:
-        overfitting = self.trainer is not None and self.trainer.overfit_batches > 0
-        order = TrainingOrder(
-            self.rows_per_epoch,
-            self.batch_size,
-            self.seed,
-            (lambda: 0) if overfitting else (lambda: self.consumed),
-            *self._rank_and_ranks(),
-        )
+        order = TrainingOrder(self.rows_per_epoch, self.batch_size, self.seed, self.first_row, *self.rank_and_ranks)
         return row_loader(self.train_rows, order, self.num_workers)
 
     def val_dataloader(self) -> Loader:
         count = len(self.val_rows)
         kept = min(count, self.max_val_rows or count)
         rows_N = np.arange(kept) * count // kept
-        order = HeldOutOrder(rows_N, self.val_batch_size or self.batch_size, *self._rank_and_ranks())
+        order = HeldOutOrder(rows_N, self.val_batch_size or self.batch_size, *self.rank_and_ranks)
         return row_loader(self.val_rows, order, self.num_workers)
 
     def test_dataloader(self) -> Loader:
@@ -224,25 +202,7 @@ class Text(LightningDataModule):
 
     # The place in the order of training
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        if self.trainer is not None and self.trainer.training:
-            self._consumed_before_batch = self.consumed
-            numbers_B = batch["rows"].numpy()
-            self.batch_row = int(numbers_B[0])
-            rank, ranks = self._rank_and_ranks()
-            self.consumed = consumed_after(numbers_B, self.consumed, self.batch_size, rank, ranks, self.rows_per_epoch)
-        return batch
-
-    def state_dict(self) -> dict[str, int]:
-        consumed = self.consumed
-        if self.trainer is not None:
-            progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-            if progress.ready > progress.processed:  # saved by an interruption in the middle of a batch
-                consumed = self._consumed_before_batch
-        return {"consumed": consumed} | self._identity()
-
-    def _identity(self) -> dict[str, int | str]:
-        """What a place in the order of training depends on."""
+    def identity(self) -> dict[str, int | str]:
         return {
             "seed": self.seed,
             "seq_len": self.seq_len,
@@ -252,21 +212,9 @@ class Text(LightningDataModule):
             "rows_per_epoch": self.rows_per_epoch,
         }
 
-    def load_state_dict(self, state: dict[str, int | str]) -> None:
-        if self.trainer is not None and self.trainer.state.fn != "fit":
-            return
-        here = self._identity()
-        changed = [name for name in here if state.get(name) != here[name]]
-        if changed and not self.allow_changed_data:
-            name = changed[0]
-            raise ValueError(
-                f"the checkpoint was trained with another {name} ({_short(state.get(name))}; --data gives "
-                f"{_short(here[name])}): resume with the same --data flags, or go on with this one by "
-                "--data.allow_changed_data true"
-            )
-        # With other rows as many of them count as consumed as hold the same number of tokens.
-        tokens = int(state["consumed"]) * int(state["seq_len"])
-        self.consumed = self._consumed_before_batch = tokens // self.seq_len
+    def consumed_here(self, state: dict[str, int | str]) -> int:
+        """As many rows as hold the same number of tokens."""
+        return int(state["consumed"]) * int(state["seq_len"]) // self.seq_len
 
     # What it is
 
@@ -316,8 +264,3 @@ class Text(LightningDataModule):
 def _ids(tokenizer: PreTrainedTokenizerBase) -> int:
     """The largest id + 1."""
     return max(tokenizer.get_vocab().values()) + 1
-
-
-def _short(value: object) -> str:
-    """A hash by its beginning."""
-    return str(value) if len(str(value)) < 20 else f"{str(value)[:12]}…"

@@ -23,6 +23,7 @@ from torch import Tensor
 
 _STAMP = re.compile(rb"step=(\d{12}) sha256=([0-9a-f]{64})")
 _STAMP_BYTES = len("step=") + 12 + len(" sha256=") + 64
+_GOES_ON_FROM = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "tokens")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -245,9 +246,11 @@ def require_finite(checkpoint: dict, path: Path) -> None:
 
 def digest(checkpoint: dict) -> str:
     """SHA-256 of what training goes on from: weights, optimizer, schedule, the place in the text; not of clocks."""
-    parts = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "tokens", "Text")
+    parts = {name: checkpoint.get(name) for name in _GOES_ON_FROM}
+    # Of the datamodule, which is named by its class.
+    parts["place"] = [value for value in checkpoint.values() if isinstance(value, dict) and "consumed" in value]
     sha = hashlib.sha256()
-    for name, value in _leaves({part: checkpoint.get(part) for part in parts}):
+    for name, value in _leaves(parts):
         sha.update(name.encode())
         if isinstance(value, Tensor):
             sha.update(str(value.dtype).encode())

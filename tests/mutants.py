@@ -35,7 +35,7 @@ class Mutant(NamedTuple):
 
 STEP, RECOVERY = "lightning_modules/exact_step.py", "lightning_modules/callbacks/recovery.py"
 FILES, GUARD = "lightning_modules/checkpoint_io.py", "lightning_modules/callbacks/guard.py"
-TEXT, TRACKING, CLI = "datamodules/text.py", "lightning_modules/tracking.py", "lightning_modules/cli.py"
+ORDERED, TRACKING, CLI = "datamodules/ordered.py", "lightning_modules/tracking.py", "lightning_modules/cli.py"
 
 MUTANTS = (
     Mutant(
@@ -49,8 +49,8 @@ MUTANTS = (
     Mutant(
         "R1",
         "the place in the text",
-        TEXT,
-        "self.consumed = self._consumed_before_batch = tokens // self.seq_len",
+        ORDERED,
+        "self.consumed = self._consumed_before_batch = self.consumed_here(state)",
         "pass",
         "tests/test_recovery.py -k at_random_moments",
     ),
@@ -73,9 +73,9 @@ MUTANTS = (
     Mutant(
         "R3",
         "rows by the number of those consumed",
-        TEXT,
-        "(lambda: 0) if overfitting else (lambda: self.consumed)",
-        "(lambda: 0)",
+        ORDERED,
+        "return 0 if overfitting else self.consumed",
+        "return 0",
         "tests/test_recovery.py -k once_an_epoch",
     ),
     Mutant(
@@ -225,7 +225,7 @@ MUTANTS = (
     Mutant(
         "K6",
         "the comparison of text and flags",
-        TEXT,
+        ORDERED,
         "if changed and not self.allow_changed_data:",
         "if False:",
         "tests/test_text.py -k other_data",
