@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from datamodules.documents import BadRows, Piece, compression, text_format
+from datamodules.documents import Piece
+from datamodules.files import BadRows, compression, text_format
 from datamodules.sources import ContentHashes, HubRows, Source, TextFile, find_files, hub_splits, is_hub_name
 from datamodules.sources import standard_library as standard_library_files
 

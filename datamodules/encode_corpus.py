@@ -15,8 +15,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.corpus import Corpus, Split
-from datamodules.documents import BadRows, Piece
+from datamodules.documents import Piece
 from datamodules.encoding import TRICKY_TEXTS, Encoder, encoders, same_ids
+from datamodules.files import BadRows
 from datamodules.token_store import FORMAT_VERSION, Encoded, TokenStore, write_store
 from datamodules.tokenization import (
     Objective,

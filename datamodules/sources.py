@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datamodules import hub
-from datamodules.documents import ROW_FORMATS, TEXT_FORMATS, BadRows, Piece, compression, pieces, text_format
+from datamodules.documents import Piece, pieces
+from datamodules.files import ROW_FORMATS, TEXT_FORMATS, BadRows, compression, text_format
 
 if TYPE_CHECKING:
     from datasets import Dataset

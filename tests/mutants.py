@@ -281,7 +281,7 @@ MUTANTS = (
     Mutant(
         "D1",
         "the look for a key that stands twice",
-        "datamodules/documents.py",
+        "datamodules/records.py",
         "_without_repetition if twice else None",
         "None",
         "tests/test_damaged_inputs.py",

@@ -12,7 +12,8 @@ import pytest
 
 from datamodules import sources
 from datamodules.corpus import Corpus, hold_out, open_corpus
-from datamodules.documents import BadRows, pieces
+from datamodules.documents import pieces
+from datamodules.files import BadRows
 from datamodules.sources import ContentHashes, TextFile, find_files, is_hub_name, standard_library
 
 TEXTS = ['plain "quoted", with a comma\tand a tab', "two\nlines – größer 😀", "third\r\n"]

@@ -9,8 +9,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules import encode_corpus
 from datamodules.corpus import open_corpus
-from datamodules.documents import _SAFE_CUT, BadRows, pieces
+from datamodules.documents import _SAFE_CUT, pieces
 from datamodules.encoding import TRICKY_TEXTS, Encoder, encoders, same_ids, token_bytes
+from datamodules.files import BadRows
 from datamodules.sources import ContentHashes
 from datamodules.tokenization import (
     SENTINELS,
