@@ -1,11 +1,13 @@
 """What every datamodule shares: the place in the order of training, which a checkpoint holds as a number of rows."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 
 from datamodules.base import Batch
-from datamodules.row_order import consumed_after
+from datamodules.row_order import TrainingOrder, consumed_after
 
 
 class Ordered(LightningDataModule):
@@ -41,10 +43,11 @@ class Ordered(LightningDataModule):
     def rows_per_micro_step(self) -> int:
         return self.batch_size * self.rank_and_ranks[1]
 
-    def first_row(self) -> int:
-        """Where the next pass over the training rows begins."""
+    def training_order(self, stored: Callable[[np.ndarray], np.ndarray]) -> TrainingOrder:
+        """The batches of this rank, from the first row that is not consumed on; `stored` as TrainingOrder has it."""
         overfitting = self.trainer is not None and self.trainer.overfit_batches > 0
-        return 0 if overfitting else self.consumed
+        first: Callable[[], int] = (lambda: 0) if overfitting else (lambda: self.consumed)
+        return TrainingOrder(self.rows_per_epoch, self.batch_size, stored, first, *self.rank_and_ranks)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         if self.trainer is not None and self.trainer.training:

@@ -1,14 +1,15 @@
 """Which rows a rank sees, and when: a pure function of (seed, rows consumed), on one rank or on eight.
 
-All training is one line of positions p = 0, 1, 2, …; position p is row `permuted(p mod n)` of epoch p // n. A
-micro-step takes the next ranks × batch positions of the epoch, rank r the r-th batch of them, so one process that
-accumulates two micro-batches sees what two ranks see at once. The last step of an epoch may be short.
+All training is one line of positions p = 0, 1, 2, …; position p is the (p mod n)-th row of epoch p // n, in that
+epoch's order. A micro-step takes the next ranks × batch positions of the epoch, rank r the r-th batch of them, so one
+process that accumulates two micro-batches sees what two ranks see at once. The last step of an epoch may be short.
 
 Shape suffixes: B rows in a batch, N any count.
 """
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -21,10 +22,53 @@ NO_ROW = -1
 _STEPS_AT_ONCE = 64  # permuting 64 small batches in one call costs about as much as one
 
 
-def stored_rows(positions_N: np.ndarray, rows_per_epoch: int, seed: int) -> np.ndarray:
-    """(N,) int64: the stored row that stands at each position of training."""
-    epochs_N, places_N = np.divmod(positions_N, rows_per_epoch)
-    return permuted(places_N, rows_per_epoch, keys(seed, epochs_N))
+@dataclass(frozen=True)
+class Shuffled:
+    """Each epoch is a permutation of its own; nothing of an epoch's length is made."""
+
+    rows_per_epoch: int
+    seed: int
+
+    def __call__(self, positions_N: np.ndarray) -> np.ndarray:
+        """(N,) int64: the stored row that stands at each position of training."""
+        epochs_N, places_N = np.divmod(positions_N, self.rows_per_epoch)
+        return permuted(places_N, self.rows_per_epoch, keys(self.seed, epochs_N))
+
+
+class ByLength:
+    """Shuffled, but rows of about the same length stand beside each other, so that little is padded.
+
+    The shuffled rows of an epoch are taken POOL at a time and sorted by length; then groups of GROUP rows are shuffled.
+    So the order knows nothing of batches or ranks: a batch whose size divides GROUP is a part of one group.
+    """
+
+    POOL, GROUP = 2048, 32
+
+    def __init__(self, lengths_N: np.ndarray, seed: int):
+        self.lengths_N, self.seed = lengths_N, seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def __call__(self, positions_N: np.ndarray) -> np.ndarray:
+        """(N,) int64: the stored row that stands at each position of training."""
+        epochs_N, places_N = np.divmod(positions_N, len(self.lengths_N))
+        stored_N = np.empty(len(positions_N), np.int64)
+        for epoch in np.unique(epochs_N).tolist():
+            here_N = epochs_N == epoch
+            stored_N[here_N] = self._epoch(epoch)[places_N[here_N]]
+        return stored_N
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            count = len(self.lengths_N)
+            rows_N = Shuffled(count, self.seed)(np.arange(count) + epoch * count)
+            for start in range(0, count, self.POOL):
+                pool = rows_N[start : start + self.POOL]
+                pool[:] = pool[np.argsort(self.lengths_N[pool], kind="stable")]
+            if groups := count // self.GROUP:
+                rows_GN = rows_N[: groups * self.GROUP].reshape(groups, self.GROUP)
+                rows_GN[:] = rows_GN[Shuffled(groups, self.seed)(np.arange(groups) + epoch * groups)]
+            self._epochs = {epoch: rows_N}  # the one before is over
+        return self._epochs[epoch]
 
 
 def step_end(consumed: int, rows_per_step: int, rows_per_epoch: int) -> int:
@@ -61,14 +105,15 @@ class TrainingOrder(Sampler[np.ndarray]):
         self,
         rows_per_epoch: int,
         batch_size: int,
-        seed: int,
+        stored: Callable[[np.ndarray], np.ndarray],
         consumed: Callable[[], int],
         rank: int = 0,
         ranks: int = 1,
     ):
         self.rows_per_epoch = rows_per_epoch
         self.rows_per_rank = batch_size
-        self.seed = seed
+        self.stored = stored
+        """Of positions in training to the rows that stand there: `Shuffled` or `ByLength`."""
         self.consumed = consumed
         self.rank = rank
         self.ranks = ranks
@@ -80,7 +125,7 @@ class TrainingOrder(Sampler[np.ndarray]):
         steps = itertools.islice(self._steps(), len(self))
         while chunk := list(itertools.islice(steps, _STEPS_AT_ONCE)):
             numbers_N = np.concatenate(chunk)
-            stored_N = stored_rows(numbers_N, self.rows_per_epoch, self.seed)
+            stored_N = self.stored(numbers_N)
             borders = np.cumsum([len(step) for step in chunk])[:-1]
             for numbers_B, stored_B in zip(np.split(numbers_N, borders), np.split(stored_N, borders), strict=True):
                 yield np.stack([numbers_B, stored_B]) if len(numbers_B) else np.full((2, 1), NO_ROW)

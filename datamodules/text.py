@@ -16,7 +16,7 @@ from datamodules.corruption import noise_counts, raw_length
 from datamodules.encode_corpus import corpus_tokenizer, encode_corpus
 from datamodules.encoding import token_bytes
 from datamodules.ordered import Ordered
-from datamodules.row_order import HeldOutOrder, TrainingOrder
+from datamodules.row_order import HeldOutOrder, Shuffled
 from datamodules.rows import CausalRows, DenoisingRows, Loader, MaskedRows, Rows, row_loader
 from datamodules.sources import ContentHashes
 from datamodules.token_store import FORMAT_VERSION, TokenStore, TokenStream, open_store
@@ -184,7 +184,7 @@ class Text(Ordered):
         )
 
     def train_dataloader(self) -> Loader:
-        order = TrainingOrder(self.rows_per_epoch, self.batch_size, self.seed, self.first_row, *self.rank_and_ranks)
+        order = self.training_order(Shuffled(self.rows_per_epoch, self.seed))
         return row_loader(self.train_rows, order, self.num_workers)
 
     def val_dataloader(self) -> Loader:

@@ -9,22 +9,19 @@ from typing import ClassVar, Literal
 
 import torch
 from jsonargparse import lazy_instance
-from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from lightning_modules import cpu_kernels, hardware
-from lightning_modules.architectures import HeadInput, build, find_head_loss, fit_config, flops_per_token
-from lightning_modules.exact_step import ExactStep
+from lightning_modules.architectures import HeadInput, build, find_head_loss, fit_config
 from lightning_modules.losses import IGNORED, HeadLoss, cross_entropy, linear_cross_entropy
 from lightning_modules.metrics import LanguageModelLoss
-from lightning_modules.optim import Float32Master, adamw, parameter_groups
-from lightning_modules.precision import BF16Weights
+from lightning_modules.optim import adamw
+from lightning_modules.scheduled_step import ScheduledStep
 from lightning_modules.schedules import Cosine, Schedule
 
 
-class LanguageModule(ExactStep):
+class LanguageModule(ScheduledStep):
     """A language model in training; a subclass says with which objective.
 
     Args:
@@ -55,20 +52,12 @@ class LanguageModule(ExactStep):
         l1: float = 0.0,
         compile: bool | Literal["auto"] = "auto",
     ):
-        super().__init__()
+        super().__init__(optimizer, schedule, max_tokens, l1, compile)
         self.architecture = architecture
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.max_tokens = max_tokens
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
-        self.l1 = l1
-        self.compile_network = compile
-        self.network: PreTrainedModel | None = None
         self.head_loss: HeadLoss | None = None
-        self.lr: float | None = None
         self.validation = LanguageModelLoss()
-        self.kernels: list[str] = []
 
     # The network
 
@@ -84,24 +73,8 @@ class LanguageModule(ExactStep):
         rule = find_head_loss(network, self.tap)
         if rule is not None:
             self.head_loss = rule._replace(label_smoothing=self.label_smoothing, z_loss=self.z_loss)
-        on_cpu = self.trainer.strategy.root_device.type == "cpu"
-        if on_cpu:
-            hardware.keep_freed_memory()
-        if on_cpu and self.low_precision and self.compile_network is not True:
-            self.kernels = cpu_kernels.install(network)
-        if self.compile_network is True or (self.compile_network == "auto" and not on_cpu):
-            # In place, and the network alone: torch.compile(network) would rename all weights, and a compiled
-            # LightningModule cannot log.
-            network.compile()
+        self.make_fast(network)
         self.network = network
-
-    @property
-    def low_precision(self) -> bool:
-        """Whether the weights themselves are bf16, and the optimizer keeps float32 masters."""
-        return isinstance(self.trainer.precision_plugin, BF16Weights)
-
-    def on_fit_start(self) -> None:
-        self.flops_per_token = flops_per_token(self.network, self.trainer.datamodule.seq_len)
 
     # The loss
 
@@ -125,47 +98,6 @@ class LanguageModule(ExactStep):
 
     def decoder_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {}
-
-    # Optimizer and schedule
-
-    def configure_optimizers(self) -> dict:
-        groups = parameter_groups(self.network)
-        optimizer = Float32Master(groups, self.optimizer) if self.low_precision else self.optimizer(groups)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.schedule.factor(step, self.progress())
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_train_start(self) -> None:
-        """Takes the rate that LearningRateFinder has set; a second group keeps its ratio to the first."""
-        super().on_train_start()
-        if self.lr is None:
-            return
-        for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
-            scale = self.lr / scheduler.base_lrs[0]
-            scheduler.base_lrs = [lr * scale for lr in scheduler.base_lrs]
-            factor = self.schedule.factor(0, self.progress())
-            for group, lr in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
-                group["initial_lr"], group["lr"] = lr, lr * factor
-
-    def progress(self) -> float:
-        """Part of the run that is done in the middle of the next step, 0 to 1: the largest of those of steps, epochs,
-        tokens and time."""
-        trainer = self.trainer
-        done = [0.0]
-        step = trainer.global_step + 0.5
-        if trainer.max_steps > 0:
-            done.append(step / trainer.max_steps)
-        if trainer.max_epochs is not None and trainer.max_epochs > 0 and trainer.num_training_batches != float("inf"):
-            steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches) * trainer.max_epochs
-            done.append(step / max(1, steps))
-        if self.max_tokens:
-            done.append(float(self.tokens) / self.max_tokens)
-        timer = next((c for c in trainer.callbacks if isinstance(c, Timer)), None)
-        if timer is not None and timer.time_remaining() is not None:
-            elapsed = timer.time_elapsed()
-            done.append(elapsed / (elapsed + timer.time_remaining()))
-        return min(1.0, max(done))
 
     # Validation
 

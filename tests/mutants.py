@@ -74,8 +74,8 @@ MUTANTS = (
         "R3",
         "rows by the number of those consumed",
         ORDERED,
-        "return 0 if overfitting else self.consumed",
-        "return 0",
+        "(lambda: 0) if overfitting else (lambda: self.consumed)",
+        "(lambda: 0)",
         "tests/test_recovery.py -k once_an_epoch",
     ),
     Mutant(

@@ -144,9 +144,9 @@ def test_noise_is_the_rows_own_whatever_the_batch_and_new_in_each_epoch(folder, 
 
 
 def _stored(data: Text, batch) -> list[int]:
-    from datamodules.row_order import stored_rows
+    from datamodules.row_order import Shuffled
 
-    return stored_rows(batch["rows"].numpy(), data.rows_per_epoch, data.seed).tolist()
+    return Shuffled(data.rows_per_epoch, data.seed)(batch["rows"].numpy()).tolist()
 
 
 # The same data again

@@ -1,0 +1,105 @@
+"""An exact step with its optimizer and its schedule: what pretraining and fine-tuning share."""
+
+from typing import Literal
+
+import torch
+from jsonargparse import lazy_instance
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.cli import OptimizerCallable
+from transformers import PreTrainedModel
+
+from lightning_modules import cpu_kernels, hardware
+from lightning_modules.architectures import flops_per_token
+from lightning_modules.exact_step import ExactStep
+from lightning_modules.optim import Float32Master, adamw, parameter_groups
+from lightning_modules.precision import BF16Weights
+from lightning_modules.schedules import Cosine, Schedule
+
+
+class ScheduledStep(ExactStep):
+    """A subclass makes the network, in `configure_model`, and calls `make_fast` on it.
+
+    Args:
+        optimizer: Any torch optimizer by name. Weight decay touches matrices and embeddings only.
+        schedule: Constant, Linear, Cosine, Step, Exponential, InverseSquareRoot or WarmupStableDecay.
+        max_tokens: Stop after this many training tokens, and end the schedule there.
+        l1: Weight of the sum of absolute weights, in nats per label.
+        compile: torch.compile of the network; auto: on a GPU, where it pays.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable = adamw,
+        schedule: Schedule = lazy_instance(Cosine),  # noqa: B008 - so that a saved config holds it by name
+        max_tokens: int | None = None,
+        l1: float = 0.0,
+        compile: bool | Literal["auto"] = "auto",
+    ):
+        super().__init__()
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.max_tokens = max_tokens
+        self.l1 = l1
+        self.compile_network = compile
+        self.network: PreTrainedModel | None = None
+        self.lr: float | None = None
+        self.kernels: list[str] = []
+
+    def make_fast(self, network: PreTrainedModel) -> None:
+        """Kernels on a CPU, torch.compile on a GPU, in place."""
+        on_cpu = self.trainer.strategy.root_device.type == "cpu"
+        if on_cpu:
+            hardware.keep_freed_memory()
+        if on_cpu and self.low_precision and self.compile_network is not True:
+            self.kernels = cpu_kernels.install(network)
+        if self.compile_network is True or (self.compile_network == "auto" and not on_cpu):
+            # In place, and the network alone: torch.compile(network) would rename all weights, and a compiled
+            # LightningModule cannot log.
+            network.compile()
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether the weights themselves are bf16, and the optimizer keeps float32 masters."""
+        return isinstance(self.trainer.precision_plugin, BF16Weights)
+
+    def on_fit_start(self) -> None:
+        self.flops_per_token = flops_per_token(self.network, self.trainer.datamodule.seq_len)
+
+    def configure_optimizers(self) -> dict:
+        groups = parameter_groups(self.network)
+        optimizer = Float32Master(groups, self.optimizer) if self.low_precision else self.optimizer(groups)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.schedule.factor(step, self.progress())
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Takes the rate that LearningRateFinder has set; a second group keeps its ratio to the first."""
+        super().on_train_start()
+        if self.lr is None:
+            return
+        for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            scale = self.lr / scheduler.base_lrs[0]
+            scheduler.base_lrs = [lr * scale for lr in scheduler.base_lrs]
+            factor = self.schedule.factor(0, self.progress())
+            for group, lr in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+                group["initial_lr"], group["lr"] = lr, lr * factor
+
+    def progress(self) -> float:
+        """Part of the run that is done in the middle of the next step, 0 to 1: the largest of those of steps, epochs,
+        tokens and time."""
+        trainer = self.trainer
+        done = [0.0]
+        step = trainer.global_step + 0.5
+        if trainer.max_steps > 0:
+            done.append(step / trainer.max_steps)
+        if trainer.max_epochs is not None and trainer.max_epochs > 0 and trainer.num_training_batches != float("inf"):
+            steps = -(-trainer.num_training_batches // trainer.accumulate_grad_batches) * trainer.max_epochs
+            done.append(step / max(1, steps))
+        if self.max_tokens:
+            done.append(float(self.tokens) / self.max_tokens)
+        timer = next((c for c in trainer.callbacks if isinstance(c, Timer)), None)
+        if timer is not None and timer.time_remaining() is not None:
+            elapsed = timer.time_elapsed()
+            done.append(elapsed / (elapsed + timer.time_remaining()))
+        return min(1.0, max(done))
