@@ -18,7 +18,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.faults import kill_group
+
 ROOT = Path(__file__).parents[1]
+LONGEST_SECONDS = 300
 FOLDERS = ("lightning_modules", "datamodules", "recipes", "tests")
 
 
@@ -38,6 +41,14 @@ FILES, GUARD = "lightning_modules/checkpoint_io.py", "lightning_modules/callback
 ORDERED, TRACKING, CLI = "datamodules/ordered.py", "lightning_modules/tracking.py", "lightning_modules/cli.py"
 
 MUTANTS = (
+    Mutant(
+        "R1",
+        "a checkpoint of the end",
+        RECOVERY,
+        "        if self._saved_step < trainer.global_step:",
+        "        if False:",
+        "tests/test_recovery.py -k end_of_a_run",
+    ),
     Mutant(
         "R1",
         "a seed for each micro-batch",
@@ -349,17 +360,24 @@ def passes(folder: Path, tests: str) -> bool:
     kind, _, rest = tests.partition(" ")
     pytest = ["pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
     words = ["tests.torture", *rest.split()] if kind == "torture" else pytest
-    done = subprocess.run(
-        [sys.executable, "-m", *words],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if kind != "torture" and done.returncode not in (0, 1):
-        raise RuntimeError(f"pytest {tests} ended with {done.returncode}:\n{done.stdout[-2000:]}")
-    return done.returncode == 0
+    log = folder / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *words],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(folder)},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        code = process.wait(timeout=LONGEST_SECONDS)
+    except subprocess.TimeoutExpired:  # without its mechanism it hangs
+        code = 1
+    kill_group(process)
+    if kind != "torture" and code not in (0, 1):
+        raise RuntimeError(f"pytest {tests} ended with {code}:\n{log.read_text()[-2000:]}")
+    return code == 0
 
 
 def main() -> None:

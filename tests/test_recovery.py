@@ -108,6 +108,15 @@ def test_a_second_signal_ends_the_run_at_once(whole, corpus, tmp_path):
     assert state(tmp_path) == state(whole)
 
 
+def test_the_end_of_a_run_is_saved_where_it_is_not_the_best(corpus, cache, tmp_path):
+    worst = {"monitor": "val/loss", "mode": "max", "save_last": True}
+    best = {"class_path": "ModelCheckpoint", "init_args": worst}  # so that the first validation is the best
+    argv = arguments(tmp_path, corpus, {"recovery.every_n_steps": None, "trainer.callbacks": json.dumps([best])})
+    assert finished(argv, tmp_path) == 0
+    steps = {path.name: step_of(path) for path in (tmp_path / "checkpoints").glob("*.ckpt")}
+    assert steps["last.ckpt"] == 15 and steps["recovery-000000060.ckpt"] == 60
+
+
 def test_a_run_that_was_killed_before_it_could_count_has_done_no_step(tmp_path):
     assert steps_done(tmp_path) == 0
     (tmp_path / STEPS_DONE).touch()

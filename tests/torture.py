@@ -194,7 +194,10 @@ def all_damaged(t: Torture) -> tuple[int, int, str]:
     refused, times = 0, max(2, t.times // 5)
     for i in range(times):
         for path, content in contents.items():
-            path.write_bytes(t.rng.choice([cut, flipped])(t.rng, content))
+            damaged = content
+            while damaged == content:  # a block of zeros is not damaged by zeros
+                damaged = t.rng.choice([cut, flipped])(t.rng, content)
+            path.write_bytes(damaged)
         log = folder / f"log-{i}"
         process = forked(argv, log)
         process.join()

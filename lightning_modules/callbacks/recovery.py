@@ -48,6 +48,7 @@ class Recovery(Callback):
         self._signal = 0
         self._leaving = 0
         self._saved_at = time.monotonic()
+        self._saved_step = 0
         self._owed = False
 
     # Start
@@ -59,6 +60,7 @@ class Recovery(Callback):
                 signal.signal(number, self._handle)
         self._trainer = trainer
         self._saved_at = time.monotonic()
+        self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             for unfinished in self.folder(trainer).glob(".*.partial"):  # of a run that was killed while it saved
                 unfinished.unlink()
@@ -172,6 +174,14 @@ class Recovery(Callback):
                 with suppress(subprocess.TimeoutExpired):
                     rank.wait(timeout=10)
         raise SystemExit(128 + self._leaving)
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
+        self._saved_step = trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        # Lightning's last.ckpt is the last of those that were among the best; the end of the run may be none.
+        if self._saved_step < trainer.global_step:
+            self._save(trainer)
 
     def state_dict(self) -> dict:
         return {"validation_is_due": self.validation_is_due}
