@@ -21,6 +21,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_modules import checkpoint_io
+from lightning_modules.callbacks.recovery import STEPS_DONE, steps_done
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "pretrain.py"
@@ -96,20 +97,24 @@ def command(
         )
 
 
-def killed_until_done(argv: list[str], log: Path, rng: random.Random, kills: int, longest: float) -> int:
+def killed_until_done(argv: list[str], folder: Path, rng: random.Random, kills: int, longest: float) -> tuple[int, int]:
     """Starts the same command again and again, kills it after up to `longest` seconds `kills` times, then lets it end.
-    Returns how many of the kills met a living process."""
-    met = 0
-    for _ in range(kills):
+    Every other time up to 0.15 seconds after its first step, however slow the machine is.
+    Returns how many of the kills met a living process, and how often it went on from a checkpoint."""
+    met, log, done = 0, folder / "log", folder / "checkpoints" / STEPS_DONE
+    for i in range(kills):
         process = forked(argv, log)
-        process.join(rng.uniform(0, longest))
+        before = done.read_bytes() if done.exists() else b""
+        while i % 2 and process.is_alive() and (not done.exists() or done.read_bytes() in (before, b"")):
+            time.sleep(0.005)
+        process.join(rng.uniform(0, 0.15 if i % 2 else longest))
         met += process.is_alive()
         process.kill()
         process.join()
     process = forked(argv, log)
     process.join()
     assert process.exitcode == 0, log.read_text()[-3000:]
-    return met
+    return met, log.read_text().count("going on from step")
 
 
 class SpoilsLoss(Callback):
@@ -168,8 +173,6 @@ def summary(folder: Path) -> dict:
 
 def wait_for_step(folder: Path, step: int, timeout: float = 60.0) -> None:
     """Until a run in another process has done so many steps."""
-    from lightning_modules.callbacks.recovery import steps_done
-
     deadline = time.monotonic() + timeout
     while steps_done(folder / "checkpoints") < step:
         assert time.monotonic() < deadline, f"step {step} was not reached in {timeout} s"

@@ -34,8 +34,8 @@ def whole(tmp_path_factory, corpus, cache):
 
 def test_a_run_killed_at_random_moments_ends_bit_by_bit_as_one_that_was_not(whole, corpus, tmp_path):
     rng = random.Random(0)
-    met = killed_until_done(arguments(tmp_path, corpus, {}), tmp_path / "log", rng, kills=10, longest=2.0)
-    assert met >= 5
+    met, resumed = killed_until_done(arguments(tmp_path, corpus, {}), tmp_path, rng, kills=10, longest=1.6)
+    assert met >= 5 and resumed >= 3
     assert state(tmp_path) == state(whole)
     assert summary(tmp_path)["val_loss"] == summary(whole)["val_loss"]
     assert not list(tmp_path.glob("**/*.partial"))
@@ -45,7 +45,8 @@ def test_every_row_is_trained_on_once_an_epoch_whatever_was_killed(corpus, cache
     """The numbers of the rows count on through the epochs: each once is each stored row once an epoch."""
     keep = {"class_path": "tests.faults.KeepsRows", "init_args": {"folder": str(tmp_path / "rows")}}
     argv = [*arguments(tmp_path, corpus, {"trainer.max_steps": 240}), f"--trainer.callbacks+={json.dumps(keep)}"]
-    assert killed_until_done(argv, tmp_path / "log", random.Random(1), kills=10, longest=1.8) >= 5
+    met, resumed = killed_until_done(argv, tmp_path, random.Random(1), kills=10, longest=1.6)
+    assert met >= 5 and resumed >= 3
     steps = [json.loads((tmp_path / "rows" / f"{step}.json").read_text()) for step in range(1, 241)]
     rows = [row for step in steps for row in step]
     assert rows == list(range(len(rows)))

@@ -284,6 +284,8 @@ def soak(t: Torture, minutes: float) -> tuple[int, int, str]:
     """Faults about every 30 s on two ranks until the time is up, then to the end: equal; what was done again."""
     steps = int(60 * minutes * 20)
     flags = PAIR | {"trainer.max_steps": steps, "trainer.val_check_interval": 200, "recovery.every_n_steps": 50}
+    best = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/loss", "save_last": True}}
+    flags |= {"trainer.callbacks": json.dumps([best])}  # without early stopping
     flags |= {"trainer.log_every_n_steps": 50, "watchdog.minutes": 0.1}
     folder, end, faults, repeated = t.fresh("L1"), time.monotonic() + 60 * minutes, 0, 0
     argv = arguments(folder, t.corpus, flags)
