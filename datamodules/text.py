@@ -122,6 +122,7 @@ class Text(Ordered):
         self.train_rows = self._rows(self.store.train)
         self.val_rows = self._rows(self.store.val)
         self.rows_per_epoch = len(self.train_rows)
+        self.tokens_per_row: float = self.seq_len
 
     def _open(self, build: bool) -> None:
         """Finds the corpus, its tokenizer and its tokens; makes what is missing where `build` allows."""
@@ -232,6 +233,25 @@ class Text(Ordered):
                 break
             documents.append(document)
         return documents
+
+    @property
+    def skipped_rows(self) -> dict[str, int]:
+        return self.describe()["skipped_rows"]
+
+    def plan(self) -> dict[str, str]:
+        """The rows of the plan that are about the text."""
+        about = self.describe()
+        held_out = about["held_out"]
+        skipped = about["skipped_rows"]
+        return {
+            "text": f"{about['text']}: {about['files']:,} files, {about['train_documents']:,} documents, "
+            f"{about['train_bytes'] / 1e6:,.2f} MB, {about['train_tokens']:,} tokens",
+            "held out": f"{held_out if isinstance(held_out, str) else f'{len(held_out)} files'}, "
+            f"{about['val_bytes'] / 1e6:,.2f} MB, {about['val_tokens']:,} tokens",
+            "tokenizer": f"{about['tokenizer']}, {about['vocab_size']:,} ids, "
+            f"{about['bytes_per_token']:.2f} bytes a token",
+            "skipped": ", ".join(f"{count:,} bad rows of {file}" for file, count in skipped.items()),
+        }
 
     def describe(self) -> dict[str, object]:
         """What the plan before training says of the text."""

@@ -82,7 +82,7 @@ def open_store(folder: Path) -> TokenStore | None:
     try:
         header = json.loads((folder / "header.json").read_text())
         files = {name: folder / name for name in header["checksums"]}
-        if any(_checksum(file) != header["checksums"][name] for name, file in files.items()):
+        if any(checksum(file) != header["checksums"][name] for name, file in files.items()):
             return None
         train, val = (
             TokenStream(
@@ -104,7 +104,7 @@ def write_store(
         header: dict[str, object] = {"format": FORMAT_VERSION, "dtype": dtype.name}
         for split, stretches in (("train", train), ("val", val)):
             header[split] = asdict(_write_stream(temporary, split, stretches, dtype))
-        header["checksums"] = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
+        header["checksums"] = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
         header["about"] = about
         (temporary / "header.json").write_text(json.dumps(header, indent=1))
     store = open_store(folder)
@@ -127,7 +127,7 @@ def _write_stream(folder: Path, split: str, stretches: Iterator[Encoded], dtype:
     return Counts(documents, size, offset - documents, unknown)
 
 
-def _checksum(file: Path) -> list[int]:
+def checksum(file: Path) -> list[int]:
     """The size, and a CRC of up to 64 blocks spread over the file: cheap whatever the size."""
     size, block = file.stat().st_size, 4096
     crc = 0

@@ -130,9 +130,9 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
     when it shares the embedding's matrix.
     """
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = model.get_output_embeddings().weight
+    head = model.get_output_embeddings()  # None of a model that says labels
     weights = parameter_count(model) - sum(table.numel() for table in tables.values())
-    weights += head.numel() if id(head) in tables else 0
+    weights += head.weight.numel() if head is not None and id(head.weight) in tables else 0
     config = model.config
     layers = getattr(config, "num_hidden_layers", 0)
     width = getattr(config, "hidden_size", 0) if hasattr(config, "num_attention_heads") else 0

@@ -50,14 +50,17 @@ class Checks(Callback):
         checks = [
             gradient_splits(trainer, module, batch),
             schedule_end(trainer, module),
-            labels(trainer, batch),
-            overlap(trainer),
             exported(trainer, module, batch),
         ]
+        if module.objective == "labels":
+            checks += [held_out_apart(trainer), padded(module, batch)]
+            lines = examples(trainer)
+        else:
+            checks += [labels(trainer, batch), overlap(trainer)]
+            lines = loss_positions(trainer, batch)
         if module.objective == "causal":
             checks += [packed(trainer, module), generation(trainer, module, batch)]
         module.network.train()
-        lines = loss_positions(trainer, batch)
         self.report.write_text(json.dumps({"checks": [asdict(check) for check in checks], "labels": lines}))
         trainer.should_stop = True
         trainer.limit_val_batches = 0
@@ -182,8 +185,12 @@ def _window_hashes(tokens_N: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def logits(module: LightningModule, network: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    inputs = network_inputs(batch, module.objective, module.architecture) | module.decoder_inputs(batch)
-    return network(**inputs, use_cache=False).logits.float()
+    """What the module makes of a batch with this network in the place of its own."""
+    if module.objective != "labels":
+        inputs = network_inputs(batch, module.objective, module.architecture) | module.decoder_inputs(batch)
+        return network(**inputs, use_cache=False).logits.float()
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return network(**{name: batch[name] for name in names if name in batch}).logits.float()
 
 
 def exported(trainer: Trainer, module: LightningModule, batch: dict[str, Tensor]) -> Check:
@@ -194,6 +201,33 @@ def exported(trainer: Trainer, module: LightningModule, batch: dict[str, Tensor]
     few = {name: value[:2] for name, value in batch.items()}
     figure = difference(logits(module, module.network, few), logits(module, other, few))
     return at_most("exported folder", "logits of AutoModel.from_pretrained", figure, 1e-5)
+
+
+def padded(module: LightningModule, batch: dict[str, Tensor]) -> Check:
+    """Examples that are filled up to the length of the longest, against each of them alone."""
+    together, worst = logits(module, module.network, batch), 0.0
+    for i, length in enumerate(batch["attention_mask"].sum(-1).tolist()):
+        alone = {name: value[i : i + 1, :length] for name, value in batch.items() if value.ndim > 1}
+        worst = max(worst, difference(together[i : i + 1], logits(module, module.network, alone)))
+    return at_most("padded against alone", f"logits of {len(together)} examples", worst, 1e-4)
+
+
+def held_out_apart(trainer: Trainer) -> Check:
+    """No held-out example may stand among those that are trained on."""
+    data = trainer.datamodule
+    trained = {data.key(record) for record in data.store.records("train")}
+    twice = sum(data.key(record) in trained for record in data.store.records("val"))
+    return Check("train and held-out examples", f"{twice} held-out examples are trained on", twice == 0)
+
+
+def examples(trainer: Trainer, count: int = 3) -> list[str]:
+    """The first examples as the model reads them, decoded, and what they are to become."""
+    data, lines = trainer.datamodule, []
+    for i, record in enumerate(data.store.records("train")[:count]):
+        ids = data.store.train["input_ids"][i]
+        text = " ".join(data.tokenizer.decode(ids[:24]).split())
+        lines.append(f"{text}{' …' * (len(ids) > 24)}  →  {record['label']}")
+    return lines
 
 
 def packed(trainer: Trainer, module: LightningModule) -> Check:

@@ -6,7 +6,9 @@ and keep a run.
 
 import gc
 import importlib
+import inspect
 import logging
+import re
 import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from jsonargparse import DefaultHelpFormatter, set_parsing_settings
+from jsonargparse import DefaultHelpFormatter, Namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -25,7 +27,7 @@ from lightning_modules import hardware, tracking
 from lightning_modules.callbacks.guard import Guard
 from lightning_modules.callbacks.horizon import Horizon
 from lightning_modules.callbacks.plan import Plan
-from lightning_modules.callbacks.predictions import Predictions
+from lightning_modules.callbacks.predictions import HeldOutPredictions, Predictions
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.recovery import Recovery
 from lightning_modules.callbacks.report import Report
@@ -34,6 +36,7 @@ from lightning_modules.callbacks.speed import Speed
 from lightning_modules.callbacks.watchdog import Watchdog
 from lightning_modules.checkpoint_io import CheckpointFiles
 from lightning_modules.command_line import OneLineParser, one_line_errors, unbreakable_output
+from lightning_modules.language_module import LanguageModule
 from lightning_modules.precision import BF16Weights
 from lightning_modules.redaction import redacted
 from lightning_modules.restarts import join_after_restart
@@ -55,7 +58,21 @@ NEVER = ("lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callba
 
 
 class Parser(OneLineParser, LightningArgumentParser):
-    pass
+    """Knows `from`, which no argument in Python can be called, as `from_`."""
+
+    def _load_config_parser_mode(self, content: str, *args, **settings) -> Namespace:
+        if "from:" in content or '"from"' in content:
+            config = yaml.safe_load(content)
+            if isinstance(config, dict):
+                _rename_from(config.get("model"))
+                content = yaml.safe_dump(config, sort_keys=False)
+        return super()._load_config_parser_mode(content, *args, **settings)
+
+
+def _rename_from(model: object) -> None:
+    for place in (model, model.get("init_args")) if isinstance(model, dict) else ():
+        if isinstance(place, dict) and "from" in place:
+            place["from_"] = place.pop("from")
 
 
 class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -69,7 +86,7 @@ class SaveConfig(SaveConfigCallback):
         if stage != "fit":
             return
         folder = Path(trainer.default_root_dir)
-        text = redacted(self.parser.dump(self.config, skip_none=False))
+        text = redacted(self.parser.dump(self.config, skip_none=False)).replace(" from_:", " from:")
         (folder / "config.yaml").touch(mode=0o600)
         (folder / "config.yaml").write_text(text)
         for logger in trainer.loggers:
@@ -81,12 +98,18 @@ class RecipeCLI(LightningCLI):
     """See `main`."""
 
     def __init__(
-        self, default_config: Path, default_model: type[LightningModule], args: list[str] | None = None, **settings
+        self,
+        recipe: str,
+        default_config: Path,
+        default_model: type[LightningModule],
+        args: list[str] | None = None,
+        **settings,
     ):
+        self.recipe = recipe
         self.default_config = default_config
         self.default_model = default_model
-        self.recipe = default_config.stem
         self.args, allowed = take_flag("--allow_import", list(sys.argv[1:] if args is None else args))
+        self.args = [re.sub(r"^--model\.from(?==|$)", "--model.from_", word) for word in self.args]
         # What a YAML or a flag may name, checked before it is imported: importing is running.
         set_parsing_settings(import_path_denylist=["*", *NEVER], import_path_allowlist=[*IMPORTABLE, *allowed])
         super().__init__(args=args, **settings)
@@ -105,8 +128,9 @@ class RecipeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"model": {"class_path": f"{self.default_model.__module__}.{self.default_model.__name__}"}})
-        parser.link_arguments("model", "data.objective", compute_fn=_objective)
-        parser.add_lightning_class_args(Samples, "samples")
+        if issubclass(self.default_model, LanguageModule):
+            parser.link_arguments("model", "data.objective", compute_fn=_objective)
+            parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(Recovery, "recovery")
         parser.add_lightning_class_args(Guard, "guard")
         parser.add_lightning_class_args(Watchdog, "watchdog")
@@ -147,6 +171,11 @@ class RecipeCLI(LightningCLI):
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             raise ValueError(str(cause)) from error
+        if self.datamodule.objective != self.model.objective:
+            raise ValueError(
+                f"--model {type(self.model).__name__} trains on {self.model.objective}, and --data "
+                f"{type(self.datamodule).__name__} has {self.datamodule.objective}"
+            )
         # Not in `config`: the saved one says "last" again.
         self.config_init[self.subcommand].ckpt_path = self.ckpt_path
 
@@ -167,6 +196,11 @@ class RecipeCLI(LightningCLI):
             # Without this the checkpoints would land in the folder of a logger.
             if self.subcommand == "fit" and isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        if self.subcommand != "predict" and not issubclass(self.default_model, LanguageModule):
+            settings["callbacks"] = [
+                *(self._get(self.config_init, "trainer")["callbacks"] or []),
+                HeldOutPredictions(),
+            ]
         if self.subcommand == "predict":
             settings["callbacks"] = [*(self._get(self.config_init, "trainer")["callbacks"] or []), Predictions()]
         trainer = super().instantiate_trainer(**settings)
@@ -205,36 +239,40 @@ def main(
     model: type[LightningModule],
     default_model: type[LightningModule],
     data: type[LightningDataModule],
-    default_config: Path,
+    script: Path,
     description: str,
+    default_config: Path | None = None,
     args: list[str] | None = None,
 ) -> None:
-    """Runs a recipe: any subclass of `model`, `default_model` unless named, on `data`.
+    """Runs the recipe of a script: any subclass of `model`, `default_model` unless named, on `data`, of which a
+    subclass is named where it is abstract.
 
-    `default_config` is the run that happens when the command line names no --config; its stem is the recipe's name.
-    `description` opens the --help.
+    `default_config` is the run that happens when the command line names no --config: the YAML beside the script, if
+    no other is given. `description` opens the --help.
     """
     gc.set_threshold(700, 10, 10)
     words = list(sys.argv[1:] if args is None else args)
     if words[:1] == ["verify"] and "--help" not in words:
         from lightning_modules.verify import verify
 
-        verify(default_config.with_suffix(".py"), words[1:])
-    if words[:1] == ["replay"]:
+        verify(script, words[1:], writes_samples=issubclass(default_model, LanguageModule))
+    if words[:1] == ["replay"] and issubclass(default_model, LanguageModule):
         from lightning_modules.replay import replay
 
-        replay(default_config.with_suffix(".py"), words[1:])
+        replay(script, words[1:])
     set_parsing_settings(subclasses_enabled=[Schedule, PreTrainedConfig])
     warnings.filterwarnings("ignore", module="lightning|torch")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with unbreakable_output(), one_line_errors(), no_empty_run_folder():
         RecipeCLI(
-            default_config,
+            script.stem,
+            default_config or script.with_suffix(".yaml"),
             default_model,
             model_class=model,
             subclass_mode_model=True,
             datamodule_class=data,
+            subclass_mode_data=inspect.isabstract(data),
             args=args,
             parser_kwargs={"description": description, "formatter_class": Formatter},
             seed_everything_default=0,

@@ -43,6 +43,10 @@ class ExactStep(LightningModule):
     def loss(self, batch: dict[str, Tensor], divisor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """(objective / divisor, sum of nats, number of labels) of a batch; only the first has a gradient."""
 
+    def counted_tokens(self, batch: dict[str, Tensor]) -> Tensor:
+        """How many tokens a batch has that count as trained on."""
+        return (batch["rows"] >= 0).sum() * batch["input_ids"].shape[1]
+
     # A step in the middle of its micro-batches, where validation may stand and save
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
@@ -112,8 +116,7 @@ class ExactStep(LightningModule):
 
     def _objective(self, batch: dict[str, Tensor]) -> Tensor:
         objective, nats, count = self.loss(batch, divisor=self._nominal)
-        tokens = (batch["rows"] >= 0).sum() * batch["input_ids"].shape[1]
-        sums = torch.stack([nats.double(), count.double(), tokens.double()])
+        sums = torch.stack([nats.double(), count.double(), self.counted_tokens(batch).double()])
         self._sums = sums if self._sums is None else self._sums + sums
         if self.l1:
             # Counted once a token, so that it, too, does not depend on how the step is split.

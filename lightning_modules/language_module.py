@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 from jsonargparse import lazy_instance
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -129,6 +130,33 @@ class LanguageModule(ScheduledStep):
             if count:
                 rows.append({"row": int(batch["rows"][i]), "tokens": int(count), "loss": float(nats / count)})
         return rows
+
+    # What came of a run, in words
+
+    units: ClassVar[str] = (
+        "`val_loss` is in nats per token over the held-out text; `val_bits_per_byte` divides the same sum by its UTF-8 "
+        "bytes."
+    )
+
+    def made_from(self, data: LightningDataModule) -> str:
+        about = data.describe()
+        return (
+            f"{type(self.architecture).__name__} trained with the {self.objective} objective on {about['text']} "
+            f"({about['train_tokens']:,} tokens; held out: {about['val_tokens']:,})."
+        )
+
+    def results(self, summary: dict[str, object]) -> dict[str, str]:
+        if summary["val_loss"] is None:
+            return {}
+        loss, bits = summary["val_loss"], summary["val_bits_per_byte"]
+        return {"val loss": f"{loss:.4f} nats per token", "bits per byte": f"{bits:.4f}"}
+
+    def next_command(self, model: str, data: LightningDataModule) -> str:
+        """For the terminal; `model` is quoted."""
+        if self.objective != "causal":
+            return f"python recipes/score.py --model {model} --data.path README.md"
+        prompt = '"def "' if data.path is None else '"Once"'
+        return f"python recipes/generate.py --model {model} --prompt {prompt}"
 
     # Checkpoints
 

@@ -57,6 +57,10 @@ class ScheduledStep(ExactStep):
             # LightningModule cannot log.
             network.compile()
 
+    def exported(self) -> PreTrainedModel:
+        """What a model folder gets."""
+        return self.network
+
     @property
     def low_precision(self) -> bool:
         """Whether the weights themselves are bf16, and the optimizer keeps float32 masters."""

@@ -32,7 +32,6 @@ SHORT = (
     "--trainer.limit_val_batches=2",
     "--trainer.num_sanity_val_steps=0",
     "--trainer.fast_dev_run=false",
-    "--samples.max_new_tokens=0",
     "--recovery.every_n_steps=3",
 )
 
@@ -63,8 +62,9 @@ class KeepsGradient(Callback):
 class Runs:
     """Short runs of a recipe with the user's flags, each in a process of its own."""
 
-    def __init__(self, script: Path, flags: list[str], folder: Path):
+    def __init__(self, script: Path, flags: list[str], folder: Path, writes_samples: bool):
         self.script, self.flags, self.folder = script, flags, folder
+        self.quiet = ["--samples.max_new_tokens=0"] if writes_samples else []
 
     def start(self, name: str, *flags: str) -> subprocess.Popen:
         folder = self.folder / name
@@ -72,7 +72,7 @@ class Runs:
         environment = {key: value for key, value in os.environ.items() if key != RUN_FOLDER}
         log = (folder / "log").open("a")
         return subprocess.Popen(
-            [sys.executable, str(self.script), "fit", *self.flags, *SHORT, *flags]
+            [sys.executable, str(self.script), "fit", *self.flags, *SHORT, *self.quiet, *flags]
             + [f"--trainer.default_root_dir={folder}"],
             env=environment | {"WANDB_MODE": "disabled"},
             stdin=subprocess.DEVNULL,
@@ -89,13 +89,13 @@ class Runs:
         return self.folder / name
 
 
-def verify(script: Path, flags: list[str]) -> None:
+def verify(script: Path, flags: list[str], writes_samples: bool) -> None:
     """Prints the table and ends the process: 0 where all checks pass, 1 otherwise."""
     report = Path(f"runs/verify-{datetime.now():%Y%m%d-%H%M%S}.json")
     checks: list[Check] = []
     print(f"verify: short runs of {script.name} with these flags; about a minute for a small model", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        for part in measured(Runs(script, flags, Path(folder))):
+        for part in measured(Runs(script, flags, Path(folder), writes_samples)):
             checks += part
             for check in part:
                 print(check.line(width=28), flush=True)

@@ -16,4 +16,4 @@ from lightning_modules.language_module import LanguageModule
 from lightning_modules.pretrain import CausalLM
 
 if __name__ == "__main__":
-    main(LanguageModule, CausalLM, Text, Path(__file__).with_suffix(".yaml"), __doc__)
+    main(LanguageModule, CausalLM, Text, Path(__file__), __doc__)

@@ -82,13 +82,18 @@ def _recipe(argv: list[str], log: str, environment: dict[str, str]) -> None:
 
 
 def command(
-    argv: list[str], log: Path, launcher: list[str] | None = None, cwd: Path = ROOT, **environment: str
+    argv: list[str],
+    log: Path,
+    launcher: list[str] | None = None,
+    cwd: Path = ROOT,
+    script: Path = SCRIPT,
+    **environment: str,
 ) -> subprocess.Popen:
     """The same as a command, with its ranks in a process group of its own."""
     variables = {name: value for name, value in os.environ.items() if name != "LIGHTNING_LM_RUN_FOLDER"}
     with log.open("a") as file:
         return subprocess.Popen(
-            [*(launcher or [sys.executable]), str(SCRIPT), *argv],
+            [*(launcher or [sys.executable]), str(script), *argv],
             env=variables | ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | environment,
             stdout=file,
             stderr=file,

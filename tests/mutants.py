@@ -251,10 +251,10 @@ MUTANTS = (
     ),
     Mutant(
         "N1",
-        "one rank's flag, for all",
+        "the sum over the ranks",
         STEP,
         "self.step_is_finite = bool(torch.isfinite(nats) & (not_finite == 0))",
-        "self.step_is_finite = bool(torch.isfinite(norm))",
+        "self.step_is_finite = bool(torch.isfinite(mine[0]))",
         "tests/test_guard.py -k dropped_by_all",
     ),
     Mutant(

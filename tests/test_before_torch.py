@@ -39,6 +39,6 @@ def test_a_recipe_with_a_bad_version_imports_nothing_of_it(tmp_path):
     (tmp_path / "lightning-2.6.3.dist-info" / "METADATA").write_text("Name: lightning\nVersion: 2.6.3\n")
     assert importlib.metadata.version("lightning") != "2.6.3"
     command = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), "fit"]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)})
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     assert done.returncode == 2 and done.stderr.startswith("error: lightning 2.6.3 is a malicious upload")
     assert not canary.exists()

@@ -138,7 +138,7 @@ def test_the_gpu_run_of_tinyshakespeare_is_a_config_of_the_recipe(tmp_path, caps
     file = tmp_path / "gpu.yaml"
     file.write_text(json.dumps(gpu.nanogpt_gpu_config()))
     with pytest.raises(SystemExit) as end:
-        main(LanguageModule, CausalLM, Text, file, "", ["fit", "--config", str(file), "--print_config"])
+        main(LanguageModule, CausalLM, Text, file, "", args=["fit", "--config", str(file), "--print_config"])
     assert not end.value.code
     assert "resid_pdrop: 0.2" in capsys.readouterr().out
 

@@ -25,14 +25,19 @@ class FailsInBackward(torch.autograd.Function):
 class Memory(Callback):
     """Holds so many rows, from a step on, and fails beyond: forwards or backwards."""
 
-    def __init__(self, rows, where, from_step=2):
-        self.rows, self.where, self.from_step = rows, where, from_step
+    def __init__(self, rows, where, from_step=2, from_micro_batch=0):
+        self.rows, self.where, self.from_step, self.from_micro_batch = rows, where, from_step, from_micro_batch
+        self.place = 0
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.place = batch_idx % trainer.accumulate_grad_batches
 
     def on_train_start(self, trainer, module):
         honest = module.loss
 
         def loss(batch, divisor=1.0):
-            full = trainer.training and trainer.global_step + 1 >= self.from_step and len(batch["rows"]) > self.rows
+            late = trainer.global_step + 1 >= self.from_step and self.place >= self.from_micro_batch
+            full = trainer.training and late and len(batch["rows"]) > self.rows
             if full and self.where == "forward":
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
             objective, nats, count = honest(batch, divisor)
@@ -58,12 +63,12 @@ def fit(toy, *callbacks, accumulate=2, batch_size=8):
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("rows", [4, 3, 1])
-def test_a_step_that_runs_out_of_memory_is_done_again_in_parts(toy, where, rows, capsys):
+@pytest.mark.parametrize("rows, micro_batch", [(4, 0), (3, 0), (1, 0), (4, 1)])
+def test_a_step_that_runs_out_of_memory_is_done_again_in_parts(toy, where, rows, micro_batch, capsys):
     losses, weights = fit(toy)
     told = capsys.readouterr().err
     assert "out of memory" not in told
-    losses_in_parts, weights_in_parts = fit(toy, Memory(rows, where))
+    losses_in_parts, weights_in_parts = fit(toy, Memory(rows, where, from_micro_batch=micro_batch))
     assert losses_in_parts == pytest.approx(losses, rel=1e-6)
     torch.testing.assert_close(weights_in_parts, weights, rtol=0, atol=1e-6)
     told = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]

@@ -21,32 +21,29 @@ class Plan(Callback):
             print_pairs("Plan", self.rows(trainer, module))
 
     def rows(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
-        data, about = trainer.datamodule, trainer.datamodule.describe()
-        parts = (data.batch_size, data.seq_len, trainer.accumulate_grad_batches, trainer.world_size)
-        held_out = about["held_out"]
-        skipped = about["skipped_rows"]
+        data = trainer.datamodule
+        parts = (data.batch_size, round(data.tokens_per_row), trainer.accumulate_grad_batches, trainer.world_size)
+        step_tokens = data.tokens_per_row * math.prod(parts) / parts[1]
+        trained = sum(p.numel() for p in module.network.parameters() if p.requires_grad)
+        total = parameter_count(module.network)
         rows = {
-            "model": f"{type(module).__name__} {type(module.architecture).__name__}, "
-            f"{parameter_count(module.network):,} parameters, {precision(trainer, module)}",
-            "text": f"{about['text']}: {about['files']:,} files, {about['train_documents']:,} documents, "
-            f"{bytes_of(about['train_bytes'])}, {about['train_tokens']:,} tokens",
-            "held out": f"{held_out if isinstance(held_out, str) else f'{len(held_out)} files'}, "
-            f"{bytes_of(about['val_bytes'])}, {about['val_tokens']:,} tokens",
-            "tokenizer": f"{about['tokenizer']}, {about['vocab_size']:,} ids, "
-            f"{about['bytes_per_token']:.2f} bytes a token",
-            "skipped": ", ".join(f"{count:,} bad rows of {file}" for file, count in skipped.items()),
-            "step": "{} rows × {} tokens × {} micro-batches × {} ranks = {:,} tokens".format(*parts, math.prod(parts)),
-            "run": self._length(trainer, module, math.prod(parts), about["train_tokens"]),
+            "model": f"{type(module).__name__} {type(module.network.config).__name__}, {total:,} parameters, "
+            f"{f'{trained:,} of them trained, ' if trained < total else ''}{precision(trainer, module)}",
+            "from": getattr(module, "start", "") or "",
+            **data.plan(),
+            "step": "{} rows × {} tokens × {} micro-batches × {} ranks = ".format(*parts)
+            + f"{step_tokens:,.0f} tokens",
+            "run": self._length(trainer, module, step_tokens, data.tokens_per_row * data.rows_per_epoch),
             "memory": f"about {bytes_of(self._state_bytes(module))} for weights, gradients and optimizer, "
             "and the activations",
             "files": trainer.default_root_dir,
         }
         return {name: text for name, text in rows.items() if text}
 
-    def _length(self, trainer: Trainer, module: LightningModule, step_tokens: int, epoch_tokens: int) -> str:
+    def _length(self, trainer: Trainer, module: LightningModule, step_tokens: float, epoch_tokens: float) -> str:
         steps = [trainer.max_steps] if trainer.max_steps > 0 else []
         if module.max_tokens:
-            steps.append(-(-module.max_tokens // step_tokens))
+            steps.append(math.ceil(module.max_tokens / step_tokens))
         if trainer.max_epochs and trainer.max_epochs > 0:
             steps.append(-(-trainer.num_training_batches // trainer.accumulate_grad_batches) * trainer.max_epochs)
         seconds_left = time_limit(trainer)
@@ -57,7 +54,7 @@ class Plan(Callback):
         tokens = min(steps) * step_tokens
         flops = tokens * module.flops_per_token
         seconds = flops / (PLANNED_MFU * speed.matrix_flops)
-        length = f"{min(steps):,} steps = {tokens:,} tokens = {tokens / epoch_tokens:.2f} epochs, {flops:.1e} FLOP"
+        length = f"{min(steps):,} steps = {tokens:,.0f} tokens = {tokens / epoch_tokens:.2f} epochs, {flops:.1e} FLOP"
         rate = f"about {seconds:,.0f} s at {PLANNED_MFU:.0%} of the {speed.matrix_flops:.1e} FLOP/s measured here"
         return ", ".join([length, rate, *limit])
 

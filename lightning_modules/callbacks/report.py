@@ -32,8 +32,8 @@ class Report(Callback):
     """Exports the best weights as a transformers folder and says what came of the run."""
 
     def __init__(self):
-        self.losses: list[tuple[float, float]] = []
-        """Nats per token and bits per byte of each validation."""
+        self.validations: list[dict[str, float]] = []
+        """What each validation found, by the names behind val/."""
         self._seconds_before = 0.0
         self._started = time.perf_counter()
 
@@ -41,10 +41,10 @@ class Report(Callback):
         self._started = time.perf_counter()
 
     def state_dict(self) -> dict:
-        return {"losses": self.losses, "seconds": self._seconds()}
+        return {"validations": self.validations, "seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self.losses = [(loss, bits) for loss, bits in state_dict["losses"]]
+        self.validations = [dict(found) for found in state_dict["validations"]]
         self._seconds_before = state_dict["seconds"]
 
     def _seconds(self) -> float:
@@ -53,7 +53,8 @@ class Report(Callback):
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             metrics = trainer.callback_metrics
-            self.losses.append((float(metrics["val/loss"]), float(metrics["val/bits_per_byte"])))
+            found = {name.removeprefix("val/"): float(metrics[name]) for name in metrics if name.startswith("val/")}
+            self.validations.append(found)
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -64,16 +65,17 @@ class Report(Callback):
         summary = self.summary(trainer, module, seconds)
         save_model(folder / "model", module, trainer.datamodule.tokenizer, model_card(summary, trainer, module))
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        print_pairs("Result", self.rows(summary, trainer))
+        print_pairs("Result", self.rows(summary, trainer, module))
 
     def summary(self, trainer: Trainer, module: LightningModule, seconds: float) -> dict[str, object]:
         speed = next(c for c in trainer.callbacks if isinstance(c, Speed))
         tokens = int(module.tokens)
-        best, bits = min(self.losses) if self.losses else (None, None)
-        return {
-            "val_loss": best,
-            "val_loss_final": self.losses[-1][0] if self.losses else None,
-            "val_bits_per_byte": bits,
+        name, sign = best_by(trainer)
+        none = {"loss": None, name: None}
+        best = min(self.validations, key=lambda found: sign * found[name], default=none)
+        last = self.validations[-1] if self.validations else best
+        return {f"val_{name}": value for name, value in best.items()} | {
+            f"val_{name}_final": last[name],
             "tokens": tokens,
             "steps": trainer.global_step,
             "seconds": round(seconds, 3),
@@ -84,18 +86,18 @@ class Report(Callback):
             "precision": precision(trainer, module),
             "objective": module.objective,
             "hardware": hardware.describe(),
-            "skipped_rows": sum(trainer.datamodule.describe()["skipped_rows"].values()),
-            "baselines": compressors(trainer, seconds),
+            "skipped_rows": sum(trainer.datamodule.skipped_rows.values()),
+            "baselines": compressors(trainer, seconds) if module.objective == "causal" else {},
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             "model_dir": str(Path(trainer.default_root_dir) / "model"),
         }
 
-    def rows(self, summary: dict, trainer: Trainer) -> dict[str, str]:
-        rows = {}
-        if summary["val_loss"] is not None:
-            rows["val loss"] = f"{summary['val_loss']:.4f} nats per token (last {summary['val_loss_final']:.4f})"
-            rows["bits per byte"] = f"{summary['val_bits_per_byte']:.4f}"
-            rows |= {f"  {name}": f"{bits:.4f} on the same text" for name, bits in summary["baselines"].items()}
+    def rows(self, summary: dict, trainer: Trainer, module: LightningModule) -> dict[str, str]:
+        rows = module.results(summary)
+        if self.validations:
+            name, _ = best_by(trainer)
+            rows[f"val {name}, last"] = f"{summary[f'val_{name}_final']:.4f}"
+        rows |= {f"  {name}": f"{bits:.4f} on the same text" for name, bits in summary["baselines"].items()}
         rows |= {
             "trained": f"{summary['tokens']:,} tokens, {summary['steps']:,} steps, {summary['seconds']:,.0f} s",
             "speed": f"{summary['tokens_per_second']:,.0f} tokens/s, MFU {summary['mfu']:.0%}",
@@ -104,19 +106,22 @@ class Report(Callback):
         }
         if offline := offline_folder(trainer):
             rows["W&B"] = f"offline; look at it with wandb leet, upload it with wandb sync {offline}"
-        model = shlex.quote(summary["model_dir"])
-        prompt = '"def "' if trainer.datamodule.path is None else '"Once"'
-        if summary["objective"] == "causal":
-            rows["next"] = f"python recipes/generate.py --model {model} --prompt {prompt}"
-        else:
-            rows["next"] = f"python recipes/score.py --model {model} --data.path README.md"
+        rows["next"] = module.next_command(shlex.quote(summary["model_dir"]), trainer.datamodule)
         return rows
 
 
-def restore_best(trainer: Trainer, module: LightningModule) -> None:
-    """Loads the weights of the checkpoint with the lowest val/loss, if that is not the last step's."""
+def best_by(trainer: Trainer) -> tuple[str, int]:
+    """The metric behind val/ by which the best weights are kept, and 1 where less is better, else -1."""
     checkpoint = trainer.checkpoint_callback
-    if checkpoint is None or checkpoint.monitor != "val/loss" or not checkpoint.best_model_path:
+    if checkpoint is None or not (checkpoint.monitor or "").startswith("val/"):
+        return "loss", 1
+    return checkpoint.monitor.removeprefix("val/"), -1 if checkpoint.mode == "max" else 1
+
+
+def restore_best(trainer: Trainer, module: LightningModule) -> None:
+    """Loads the weights of the best checkpoint, if that is not the last step's."""
+    checkpoint = trainer.checkpoint_callback
+    if checkpoint is None or not checkpoint.best_model_path:
         return
     try:
         best = trainer.strategy.load_checkpoint(checkpoint.best_model_path)
@@ -129,7 +134,7 @@ def restore_best(trainer: Trainer, module: LightningModule) -> None:
 
 def save_model(folder: Path, module: LightningModule, tokenizer, card: str) -> None:
     """A folder that AutoModelFor….from_pretrained and AutoTokenizer load, with a card; replaced whole or not at all."""
-    network = module.network
+    network = module.exported()
     if network.can_generate():
         network.generation_config.eos_token_id = tokenizer.eos_token_id
         pad = tokenizer.pad_token_id
@@ -144,20 +149,11 @@ def save_model(folder: Path, module: LightningModule, tokenizer, card: str) -> N
 
 
 def model_card(summary: dict, trainer: Trainer, module: LightningModule) -> str:
-    about = trainer.datamodule.describe()
     name = Path(trainer.default_root_dir).name
+    metrics = [key for key in summary if key.startswith("val_") and not key.endswith("_final")]
     numbers = "".join(
         f"| {key} | {summary[key]:,.4f} |\n" if isinstance(summary[key], float) else f"| {key} | {summary[key]} |\n"
-        for key in (
-            "val_loss",
-            "val_bits_per_byte",
-            "tokens",
-            "steps",
-            "seconds",
-            "parameters",
-            "precision",
-            "hardware",
-        )
+        for key in (*metrics, "tokens", "steps", "seconds", "parameters", "precision", "hardware")
     )
     return f"""---
 library_name: transformers
@@ -166,13 +162,12 @@ tags: [language-model, pytorch-lightning]
 
 # {name}
 
-{type(module.architecture).__name__} trained with the {module.objective} objective on {about["text"]}
-({about["train_tokens"]:,} tokens; held out: {about["val_tokens"]:,}).
+{module.made_from(trainer.datamodule)}
 
 | | |
 |---|---|
 {numbers}
-`val_loss` is in nats per token over the held-out text; `val_bits_per_byte` divides the same sum by its UTF-8 bytes.
+{module.units}
 
 Made by:
 

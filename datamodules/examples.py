@@ -1,0 +1,226 @@
+"""What the datamodules of fine-tuning share: examples of several lengths, encoded once, in batches that pad little."""
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.base import Batch
+from datamodules.example_store import FORMAT_VERSION, ExampleStore, Fields, open_examples, write_examples
+from datamodules.files import BadRows
+from datamodules.ordered import Ordered
+from datamodules.records import Record
+from datamodules.row_order import ByLength, HeldOutOrder
+from datamodules.rows import Loader, row_loader
+from datamodules.sources import ContentHashes, find_files
+from datamodules.tokenization import bpe_tokenizer, document_start, fingerprint, load_tokenizer, remembered
+
+Numbered = tuple[str, Record]
+"""An example, and where it stands: "file:row"."""
+
+
+class Examples(Ordered, ABC):
+    """A subclass says what its rows are, what they become, and what a batch of them is."""
+
+    objective: str
+    """Of the modules that train on it."""
+
+    def __init__(
+        self,
+        path: str | list[str] | None,
+        val_path: str | list[str] | None,
+        val_fraction: float,
+        tokenizer: str | None,
+        max_length: int,
+        batch_size: int,
+        val_batch_size: int | None,
+        num_workers: int,
+        on_bad_row: str,
+        cache_dir: str | None,
+        seed: int,
+        allow_changed_data: bool,
+    ):
+        super().__init__()
+        positive = {"max_length": max_length, "batch_size": batch_size, "val_batch_size": val_batch_size}
+        for name, value in positive.items():
+            if value is not None and value < 1:
+                raise ValueError(f"--data.{name} is {value}; it must be 1 or more")
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"--data.val_fraction is {val_fraction}; it must lie between 0 and 1, both excluded")
+        self.path, self.val_path, self.val_fraction = path, val_path, val_fraction
+        self.tokenizer_name = tokenizer
+        self.max_length = max_length
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size
+        self.num_workers = num_workers
+        self.on_bad_row = on_bad_row
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else caches / "lightning-lm-recipes"
+        self.seed = seed
+        self.allow_changed_data = allow_changed_data
+        self.store: ExampleStore | None = None
+
+    # What a subclass says
+
+    @abstractmethod
+    def settings(self) -> dict[str, object]:
+        """All flags that decide what the stored arrays hold."""
+
+    @abstractmethod
+    def builtin(self) -> Iterator[Record]:
+        """Examples from this machine's standard library."""
+
+    @abstractmethod
+    def read(self, files: list[Path], bad_rows: BadRows) -> list[Numbered]:
+        """The examples of files, by the names that `builtin` gives their values; checked one by one."""
+
+    @abstractmethod
+    def key(self, record: Record) -> str:
+        """What must not stand on both sides of a split: equal keys stay together."""
+
+    @abstractmethod
+    def encode(self, train: list[Numbered], val: list[Numbered], bad_rows: BadRows) -> tuple[Fields, Fields, dict]:
+        """The arrays of both splits, and what is to be told of them. One of the arrays is Ragged: `input_ids`."""
+
+    @abstractmethod
+    def texts(self, record: Record) -> str:
+        """The text of an example, to train a tokenizer on."""
+
+    @abstractmethod
+    def collate(self, fields: Fields, numbers_B: np.ndarray, examples_B: np.ndarray) -> Batch:
+        """A batch; example -1 is one without labels."""
+
+    @abstractmethod
+    def plan(self) -> dict[str, str]:
+        """The rows of the plan that are about the examples."""
+
+    # Preparation
+
+    def prepare_data(self) -> None:
+        self._open(build=True)
+
+    def setup(self, stage: str) -> None:
+        if self.store is None:
+            self._open(build=False)
+        assert self.store is not None
+        self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
+        self.lengths = self.store.train["input_ids"].lengths
+        self.rows_per_epoch = len(self.lengths)
+        self.tokens_per_row = float(self.lengths.mean())
+        self.seq_len = int(max(self.lengths.max(), self.store.val["input_ids"].lengths.max()))
+
+    def _open(self, build: bool) -> None:
+        hashes = ContentHashes(self.cache_dir / "file_hashes.json")
+        train_files = None if self.path is None else find_files(_listed(self.path), "--data.path")
+        val_files = find_files(_listed(self.val_path), "--data.val_path") if self.val_path else []
+        digests = [[hashes(file) for file in files] for files in (train_files or [], val_files)]
+        hashes.save()
+        content = [FORMAT_VERSION, type(self).__name__, digests, self.val_fraction, self.on_bad_row, self.settings()]
+        examples = partial(self._splits, train_files, val_files, BadRows(self.on_bad_row == "skip"))
+        self.tokenizer = self._tokenizer(content, examples)
+        content += [fingerprint(self.tokenizer), self.max_length]
+        self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        folder = self.cache_dir / "examples" / self.digest
+        self.store = open_examples(folder)
+        if self.store is None and build:
+            bad_rows = BadRows(self.on_bad_row == "skip")
+            train, val = self._splits(train_files, val_files, bad_rows)
+            fields_train, fields_val, about = self.encode(train, val, bad_rows)
+            about |= {"skipped_rows": dict(bad_rows.skipped), "files": len(train_files or []) + len(val_files)}
+            records = {"train": [record for _, record in train], "val": [record for _, record in val]}
+            self.store = write_examples(folder, {"train": fields_train, "val": fields_val}, records, about)
+        if self.store is None:
+            raise ValueError(f"{self.source} changed since its examples were encoded; start again")
+
+    def _tokenizer(self, content: list, examples) -> PreTrainedTokenizerBase:
+        """The one that is asked for, else the model's, else one trained on these texts."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        name = self.tokenizer_name or (module.start if module is not None else None)
+        if name is not None:
+            return load_tokenizer(name)
+        key = hashlib.sha256(json.dumps(["bpe", *content]).encode()).hexdigest()
+
+        def trained() -> PreTrainedTokenizerBase:
+            texts = [self.texts(record) for _, record in examples()[0]]
+            return bpe_tokenizer(texts, sum(map(len, texts)), 4096, "masked")
+
+        return remembered(self.cache_dir / "tokenizers" / key, trained)
+
+    def _splits(
+        self, train_files: list[Path] | None, val_files: list[Path], bad_rows: BadRows
+    ) -> tuple[list[Numbered], list[Numbered]]:
+        if train_files is None:
+            examples = [(f"example {i}", record) for i, record in enumerate(self.builtin(), 1)]
+        else:
+            examples = self.read(train_files, bad_rows)
+        if val_files:
+            return examples, self.read(val_files, bad_rows)
+        held_out = {
+            key
+            for key in {self.key(record) for _, record in examples}
+            if int(hashlib.sha256(key.encode()).hexdigest()[:16], 16) < self.val_fraction * 2**64
+        }
+        train = [(place, record) for place, record in examples if self.key(record) not in held_out]
+        val = [(place, record) for place, record in examples if self.key(record) in held_out]
+        for name, part in (("train on", train), ("hold out", val)):
+            if not part:
+                raise ValueError(
+                    f"{self.source} has {len(examples):,} examples and leaves none to {name} with "
+                    f"--data.val_fraction {self.val_fraction}; pass more, or --data.val_path"
+                )
+        return train, val
+
+    @property
+    def source(self) -> str:
+        return "the Python standard library" if self.path is None else ", ".join(_listed(self.path))
+
+    # Batches
+
+    def train_dataloader(self) -> Loader:
+        order = self.training_order(ByLength(self.lengths, self.seed))
+        return row_loader(_Split(self, self.store.train), order, self.num_workers)
+
+    def val_dataloader(self) -> Loader:
+        by_length = np.argsort(self.store.val["input_ids"].lengths, kind="stable")
+        order = HeldOutOrder(by_length, self.val_batch_size or self.batch_size, *self.rank_and_ranks)
+        return row_loader(_Split(self, self.store.val), order, self.num_workers)
+
+    def test_dataloader(self) -> Loader:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> Loader:
+        return self.val_dataloader()
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return document_start(self.tokenizer) if pad is None else pad
+
+    @property
+    def skipped_rows(self) -> dict[str, int]:
+        return self.store.about["skipped_rows"]
+
+    def identity(self) -> dict[str, int | str]:
+        return {"seed": self.seed, "examples": self.digest, "rows_per_epoch": self.rows_per_epoch}
+
+
+class _Split:
+    """What a loader asks for batches."""
+
+    def __init__(self, data: Examples, fields: Fields):
+        self.collate, self.fields = data.collate, fields
+
+    def __len__(self) -> int:
+        return len(self.fields["input_ids"])
+
+    def __getitems__(self, numbers_and_examples: np.ndarray) -> Batch:
+        return self.collate(self.fields, *numbers_and_examples)
+
+
+def _listed(path: str | list[str]) -> list[str]:
+    return [path] if isinstance(path, str) else path

@@ -1,0 +1,296 @@
+"""Texts with labels: sentiment and every other classification, pairs of texts, several labels, numbers."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from torch import from_numpy
+
+from datamodules.base import IGNORED, Batch
+from datamodules.example_store import Fields, Ragged
+from datamodules.examples import Examples, Numbered
+from datamodules.files import BadRows, text_format
+from datamodules.library_functions import by_package
+from datamodules.records import Record, fault_of, first_fields, missing, records
+from datamodules.tokenization import document_start
+
+TEXT_NAMES = ("text", "sentence", "sentence1", "premise", "question1", "text_a", "review", "content", "document")
+PAIR_NAMES = ("sentence2", "hypothesis", "question2", "text_b", "pair")
+LABEL_NAMES = ("label", "labels", "class", "category", "sentiment", "target", "score", "similarity", "stars", "rating")
+Kind = Literal["one", "several", "number"]
+
+
+class Labelled(Examples):
+    """Texts with labels, from csv, tsv, jsonl, json or parquet.
+
+    Args:
+        path: Files, folders or globs. Left out: functions of the Python standard library, labelled by their package.
+        val_path: Held-out examples, like `path`. Left out: a part of `path`.
+        val_fraction: Share of the examples to hold out, by a hash of their text.
+        text_column: Column of the text, by name, or by number where there is no header. Left out: found by its name.
+        pair_column: Column of a second text. Left out: found by its name, if there is one.
+        label_column: Column of the label. Left out: found by its name.
+        label_kind: one label, several (a list in json, separated by `label_separator` elsewhere), or a number to
+            predict. Left out: several where labels are lists, a number where one of them has a decimal point.
+        label_separator: Between several labels in csv and tsv.
+        tokenizer: A folder, "vocab.json,merges.txt" or a Hub name. Left out: the model's own.
+        max_length: Tokens of an example; longer ones are cut off and counted.
+        batch_size: Examples in a micro-batch of one rank.
+        val_batch_size: Examples in a batch of validation. Left out: as `batch_size`.
+        num_workers: Processes that load examples beside the training process.
+        on_bad_row: What to do with a row that cannot be read: stop with an error, or skip and count it.
+        cache_dir: Where tokens are kept. Left out: $XDG_CACHE_HOME or ~/.cache, and there lightning-lm-recipes.
+        seed: Decides the order of the examples, together with their number consumed.
+        allow_changed_data: Whether a checkpoint of other examples, tokenizer or seed may be gone on from.
+    """
+
+    objective = "labels"
+
+    def __init__(
+        self,
+        path: str | list[str] | None = None,
+        val_path: str | list[str] | None = None,
+        val_fraction: float = 0.1,
+        text_column: str | None = None,
+        pair_column: str | None = None,
+        label_column: str | None = None,
+        label_kind: Kind | None = None,
+        label_separator: str = ",",
+        tokenizer: str | None = None,
+        max_length: int = 256,
+        batch_size: int = 16,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        on_bad_row: Literal["error", "skip"] = "error",
+        cache_dir: str | None = None,
+        seed: int = 0,
+        allow_changed_data: bool = False,
+    ):
+        shared = (tokenizer, max_length, batch_size, val_batch_size, num_workers, on_bad_row, cache_dir, seed)
+        super().__init__(path, val_path, val_fraction, *shared, allow_changed_data)
+        self.text_column, self.pair_column, self.label_column = text_column, pair_column, label_column
+        self.asked_kind, self.label_separator = label_kind, label_separator
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        about = self.store.about
+        self.kind: Kind = about["kind"]
+        self.label_names: list[str] = about["labels"]
+        """By their numbers; of numbers to predict the one name "score"."""
+
+    # Rows
+
+    def settings(self) -> dict[str, object]:
+        columns = [self.text_column, self.pair_column, self.label_column]
+        return {"columns": columns, "kind": self.asked_kind, "separator": self.label_separator}
+
+    def builtin(self) -> Iterator[Record]:
+        return ({"text": source, "label": package} for source, package in by_package())
+
+    def read(self, files: list[Path], bad_rows: BadRows) -> list[Numbered]:
+        return [example for file in files for example in self._read(file, bad_rows)]
+
+    def _read(self, file: Path, bad_rows: BadRows) -> Iterator[Numbered]:
+        header, columns = self._columns(file)
+        for number, row in records(file, bad_rows, list(columns.values()), "label_column", header):
+            place = f"{file}:{number}"
+            record = {name: row[column] for name, column in columns.items()}
+            faults = [f"{columns[name]!r} {fault}" for name in columns if (fault := self._fault(name, record[name]))]
+            if faults:
+                bad_rows.add(str(file), f"{place}: {faults[0]}")
+            else:
+                yield place, record
+
+    def _fault(self, name: str, value: object) -> str | None:
+        """What is wrong with a text or a label, if anything is."""
+        if name != "label":
+            return fault_of(value) or (None if value.strip() else "is empty")
+        if value is None or value == "":
+            return "is empty"
+        if not isinstance(value, str | int | float | list):
+            return f"is no label but {type(value).__name__}"
+        return f"is {value!r}, no number" if self.asked_kind == "number" and not _is_number(value) else None
+
+    def _columns(self, file: Path) -> tuple[bool, dict[str, str]]:
+        """Whether a file has a header, and the columns of text, pair and label."""
+        chosen = {"text": self.text_column, "pair": self.pair_column, "label": self.label_column}
+        is_table = text_format(file) in (".csv", ".tsv")
+        names = first_fields(file) if is_table else _names(file)
+        asked = [column for column in chosen.values() if column is not None]
+        usual = {"text": TEXT_NAMES, "pair": PAIR_NAMES, "label": LABEL_NAMES}
+        lowered = {name.lower(): name for name in names}
+        known = any(name in lowered for kind in usual.values() for name in kind)
+        header = not is_table or known or bool(set(asked) & set(names))
+        if not header:
+            names = [str(i) for i in range(len(names))]
+            lowered = {}
+            if not asked and len(names) == 2:
+                return False, _two_columns(file)
+        if asked and not set(asked) <= set(names):
+            name = next(name for name, column in chosen.items() if column is not None and column not in names)
+            raise ValueError(missing(file, asked, names, f"{name}_column"))
+        columns = {}
+        for name, column in chosen.items():
+            free = [found for found in usual[name] if found in lowered and lowered[found] not in columns.values()]
+            column = column or (lowered[free[0]] if free else None)
+            if column is not None:
+                columns[name] = column
+            elif name != "pair":
+                raise ValueError(
+                    f"{file} has no column that is called like a {name}; pass --data.{name}_column, one of: "
+                    f"{', '.join(names)}"
+                )
+        return header, columns
+
+    def key(self, record: Record) -> str:
+        return "\0".join(str(record[name]) for name in ("text", "pair") if name in record)
+
+    def texts(self, record: Record) -> str:
+        return " ".join(str(record[name]) for name in ("text", "pair") if name in record)
+
+    # Numbers
+
+    def encode(self, train: list[Numbered], val: list[Numbered], bad_rows: BadRows) -> tuple[Fields, Fields, dict]:
+        kind = self.asked_kind or _kind([record["label"] for _, record in train])
+        labels = [] if kind == "number" else _names_of(self._split(r["label"], kind) for _, r in train)
+        if kind == "one" and len(labels) < 2:
+            raise ValueError(f"{self.source} has one label only, {labels[0]!r}; there is nothing to learn")
+        number = {label: i for i, label in enumerate(labels)}
+        fields, cut = {}, 0
+        for split, examples in (("train", train), ("val", val)):
+            values = []
+            for place, record in list(examples):
+                found = [float(record["label"])] if kind == "number" else self._split(record["label"], kind)
+                unknown = [label for label in found if kind != "number" and label not in number]
+                if unknown:
+                    bad_rows.add(place.rpartition(":")[0], f"{place}: label {unknown[0]!r} is in no training example")
+                    examples.remove((place, record))
+                    continue
+                values.append(found if kind == "number" else [number[label] for label in found])
+            ids, types, cut_here = self._tokens([record for _, record in examples])
+            cut += cut_here
+            fields[split] = {"input_ids": Ragged.of(ids), "labels": _label_array(values, kind, len(labels))}
+            if types:
+                fields[split]["token_type_ids"] = Ragged.of(types)
+        counts = Counter(label for _, record in train for label in self._split(record["label"], kind))
+        about = {
+            "kind": kind,
+            "labels": labels or ["score"],
+            "counts": {label: counts[label] for label in labels},
+            "cut_off": cut,
+        }
+        return fields["train"], fields["val"], about
+
+    def _split(self, label: object, kind: Kind) -> list[str]:
+        if kind != "several":
+            return [_name(label)]
+        parts = label if isinstance(label, list) else str(label).split(self.label_separator)
+        return [_name(part) for part in parts]
+
+    def _tokens(self, rows: list[Record]) -> tuple[list[list[int]], list[list[int]], int]:
+        """Ids, token types where the tokenizer has them, and how many examples were cut off."""
+        texts = [str(row["text"]) for row in rows]
+        pairs = [str(row["pair"]) for row in rows] if rows and "pair" in rows[0] else None
+        tokenizer = self.tokenizer
+        if tokenizer.num_special_tokens_to_add(pair=pairs is not None) == 0:
+            # One that was made for pretraining: each text begins as a document does.
+            start = [document_start(tokenizer)]
+            ids = [start + text for text in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+            if pairs:
+                second = tokenizer(pairs, add_special_tokens=False)["input_ids"]
+                ids = [a + start + b for a, b in zip(ids, second, strict=True)]
+            return [row[: self.max_length] for row in ids], [], sum(len(row) > self.max_length for row in ids)
+        encoded = tokenizer(texts, pairs, verbose=False)
+        cut = sum(len(row) > self.max_length for row in encoded["input_ids"])
+        if cut:
+            encoded = tokenizer(texts, pairs, truncation="longest_first", max_length=self.max_length)
+        return encoded["input_ids"], encoded.get("token_type_ids") or [], cut
+
+    # Batches
+
+    def collate(self, fields: Fields, numbers_B: np.ndarray, examples_B: np.ndarray) -> Batch:
+        ids: Ragged = fields["input_ids"]
+        ids_BT = ids.padded(examples_B, self.pad_id)
+        lengths_B = np.where(examples_B < 0, 1, ids.lengths[examples_B])
+        mask_BT = (np.arange(ids_BT.shape[1]) < lengths_B[:, None]).astype(np.int64)
+        labels = fields["labels"][np.maximum(examples_B, 0)]
+        labels[examples_B < 0] = IGNORED
+        batch = Batch(
+            input_ids=from_numpy(ids_BT),
+            attention_mask=from_numpy(mask_BT),
+            labels=from_numpy(labels),
+            rows=from_numpy(numbers_B),
+        )
+        if "token_type_ids" in fields:
+            batch["token_type_ids"] = from_numpy(fields["token_type_ids"].padded(examples_B, 0))
+        return batch
+
+    # What it is
+
+    def plan(self) -> dict[str, str]:
+        about = self.store.about
+        examples = [len(self.store.train["input_ids"]), len(self.store.val["input_ids"])]
+        tokens = int(self.lengths.sum())
+        kinds = {"one": "one of", "several": "any of", "number": "a number, "}
+        counts = about["counts"]
+        shown = ", ".join(f"{name} {counts[name]:,}" for name in self.label_names[:8] if name in counts)
+        return {
+            "text": f"{self.source}: {examples[0]:,} examples, {tokens:,} tokens",
+            "held out": f"{examples[1]:,} examples",
+            "labels": f"{kinds[self.kind]} {len(self.label_names)}: {shown}{', …' * (len(self.label_names) > 8)}",
+            "cut off": f"{about['cut_off']:,} examples at {self.max_length} tokens" if about["cut_off"] else "",
+            "skipped": ", ".join(f"{count:,} bad rows of {file}" for file, count in about["skipped_rows"].items()),
+        }
+
+
+def _names(file: Path) -> list[str]:
+    """The columns of the first row."""
+    return list(next((row for _, row in records(file, BadRows(skip=True))), {}))
+
+
+def _two_columns(file: Path) -> dict[str, str]:
+    """Of a table without a header: the column with fewer different values holds the labels."""
+    values = [set(), set()]
+    for _, row in records(file, BadRows(skip=True), header=False):
+        for i in (0, 1):
+            values[i].add(row[str(i)])
+    label = int(len(values[1]) < len(values[0]))
+    return {"text": str(1 - label), "label": str(label)}
+
+
+def _is_number(label: object) -> bool:
+    try:
+        return np.isfinite(float(label))
+    except (TypeError, ValueError):
+        return False
+
+
+def _kind(labels: list[object]) -> Kind:
+    if any(isinstance(label, list) for label in labels):
+        return "several"
+    numbers = all(_is_number(label) for label in labels)
+    return "number" if numbers and any(float(label) != int(float(label)) for label in labels) else "one"
+
+
+def _name(label: object) -> str:
+    return str(label).strip()
+
+
+def _names_of(labels: Iterator[list[str]]) -> list[str]:
+    """Every label once: numbers in their order, others by the alphabet."""
+    names = {name for found in labels for name in found if name}
+    return sorted(names, key=(lambda name: (float(name), name)) if all(map(_is_number, names)) else None)
+
+
+def _label_array(values: list[list[float]], kind: Kind, labels: int) -> np.ndarray:
+    """(N,) int64 of one label, (N, labels) float32 of several, (N,) float32 of numbers."""
+    if kind == "one":
+        return np.array([value for (value,) in values], np.int64)
+    if kind == "number":
+        return np.array([value for (value,) in values], np.float32)
+    several = np.zeros((len(values), labels), np.float32)
+    for row, found in zip(several, values, strict=True):
+        row[found] = 1
+    return several

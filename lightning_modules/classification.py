@@ -1,0 +1,170 @@
+"""Texts to labels: one of several, any of several, or a number.
+
+Shape suffixes: B examples, L labels.
+"""
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torchmetrics import MeanMetric, MeanSquaredError, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+    MultilabelExactMatch,
+    MultilabelF1Score,
+)
+from transformers import AutoModelForSequenceClassification
+
+from lightning_modules.finetune import FineTune
+from lightning_modules.losses import IGNORED
+
+PROBLEMS = {"one": "single_label_classification", "several": "multi_label_classification", "number": "regression"}
+"""What transformers calls a kind of labels."""
+
+
+class Classification(FineTune):
+    """Sentiment and every other label of a text or of a pair of texts.
+
+    Args:
+        class_weights: Weight of each label's examples in the loss, by the label's name; others weigh 1.
+        label_smoothing: Weight of the uniform distribution in the target.
+    """
+
+    objective = "labels"
+    auto_class = AutoModelForSequenceClassification
+    units = "`val_loss` is the cross-entropy in nats (of numbers the squared error), a mean over the held-out examples."
+
+    def __init__(
+        self, *, class_weights: dict[str, float] | None = None, label_smoothing: float = 0.0, **settings: object
+    ):
+        super().__init__(**settings)
+        self.class_weights, self.label_smoothing = class_weights, label_smoothing
+        self.predictions: dict[int, dict[str, object]] = {}
+        """Of the validation so far, by the number of the example."""
+
+    @property
+    def kind(self) -> str:
+        return self.trainer.datamodule.kind
+
+    def head_fields(self) -> dict[str, object]:
+        names = self.trainer.datamodule.label_names
+        unknown = [name for name in self.class_weights or () if name not in names]
+        if unknown:
+            raise ValueError(f"--model.class_weights names {unknown[0]!r}; the labels are {', '.join(names)}")
+        weights = [(self.class_weights or {}).get(name, 1.0) for name in names]
+        self.register_buffer("weights_L", torch.tensor(weights), persistent=False)
+
+        self.validation_loss = MeanMetric().set_dtype(torch.float64)
+        self.validation = MetricCollection(self._metrics(len(names)))
+        return {
+            "problem_type": PROBLEMS[self.kind],
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
+
+    def _metrics(self, labels: int) -> dict[str, object]:
+        if self.kind == "number":
+            return {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef(), "mse": MeanSquaredError()}
+        if self.kind == "several":
+            f1 = {f"f1_{average}": MultilabelF1Score(labels, average=average) for average in ("micro", "macro")}
+            return {"accuracy": MultilabelExactMatch(labels)} | f1
+        return {
+            "accuracy": MulticlassAccuracy(labels, average="micro"),
+            "f1_macro": MulticlassF1Score(labels, average="macro"),
+            "mcc": MulticlassMatthewsCorrCoef(labels),
+        }
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, L) float32; (B, 1) of numbers."""
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        inputs = {name: batch[name] for name in names if name in batch}
+        if "use_cache" in vars(self.plain_network.config):
+            inputs["use_cache"] = False
+        return self.network(**inputs).logits.float()
+
+    def loss(self, batch: dict[str, Tensor], divisor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        return self.loss_of(self.logits(batch), batch, divisor)
+
+    def loss_of(self, logits_BL: Tensor, batch: dict[str, Tensor], divisor: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy in nats, of several labels the sum of their binary ones; squared error of numbers."""
+        labels, counts_B = batch["labels"], batch["rows"] >= 0
+        if self.kind == "one":
+            labels_B = labels.masked_fill(~counts_B, IGNORED)
+            total = F.cross_entropy(
+                logits_BL,
+                labels_B,
+                self.weights_L,
+                ignore_index=IGNORED,
+                reduction="sum",
+                label_smoothing=self.label_smoothing,
+            )
+            count = (self.weights_L[labels.clamp(min=0)] * counts_B).sum()
+        elif self.kind == "several":
+            each_BL = F.binary_cross_entropy_with_logits(logits_BL, labels, self.weights_L, reduction="none")
+            total, count = (each_BL * counts_B[:, None]).sum(), counts_B.sum()
+        else:
+            each_B = F.mse_loss(logits_BL[:, 0], labels, reduction="none")
+            total, count = (each_B * counts_B).sum(), counts_B.sum()
+        return total / divisor, total.detach(), count
+
+    def next_command(self, model: str, data: LightningDataModule) -> str:
+        """For the terminal; `model` is quoted."""
+        code = f"from transformers import pipeline; print(pipeline('text-classification', {model!r})('…'))"
+        return f'python -c "{code}"'
+
+    # Validation
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        logits_BL = self.logits(batch)
+        _, nats, count = self.loss_of(logits_BL, batch, 1.0)
+        here_B = batch["rows"] >= 0
+        if not here_B.any():
+            return
+        self.validation_loss.update(nats / count, count)
+        logits_BL, labels = logits_BL[here_B], batch["labels"][here_B]
+        if self.kind == "number":
+            self.validation.update(logits_BL[:, 0], labels)
+        else:
+            self.validation.update(logits_BL.sigmoid() if self.kind == "several" else logits_BL, labels.long())
+        for prediction in self.predicted(logits_BL, batch["rows"][here_B], labels):
+            self.predictions[prediction.pop("row")] = prediction
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, object]]:
+        here_B = batch["rows"] >= 0
+        return self.predicted(self.logits(batch)[here_B], batch["rows"][here_B], batch["labels"][here_B])
+
+    def predicted(self, logits_BL: Tensor, rows_B: Tensor, labels: Tensor) -> list[dict[str, object]]:
+        """The prediction of each example, with the probability of each label, and whether it is right."""
+        names = self.trainer.datamodule.label_names
+        if self.kind == "number":
+            found = [{"prediction": value} for value in logits_BL[:, 0].tolist()]
+            # There is no right and wrong: those that are far off count as errors.
+            far = (logits_BL[:, 0] - labels).abs()
+            right = (far <= far.median()).tolist() if len(far) else []
+        elif self.kind == "several":
+            shares_BL = logits_BL.sigmoid()
+            chosen_BL = shares_BL > 0.5
+            found = [
+                {"prediction": [name for name, is_chosen in zip(names, row, strict=True) if is_chosen]}
+                for row in chosen_BL.tolist()
+            ]
+            right = (chosen_BL == labels.bool()).all(-1).tolist()
+        else:
+            shares_BL = logits_BL.softmax(-1)
+            best_B = shares_BL.argmax(-1)
+            found = [{"prediction": names[i]} for i in best_B.tolist()]
+            right = (best_B == labels).tolist()
+        for i, (row, is_right) in enumerate(zip(rows_B.tolist(), right, strict=True)):
+            found[i] |= {"row": row, "correct": is_right}
+            if self.kind != "number":
+                found[i]["probabilities"] = dict(zip(names, (round(x, 6) for x in shares_BL[i].tolist()), strict=True))
+        return found
+
+    def on_validation_epoch_end(self) -> None:
+        values = {"loss": self.validation_loss.compute()} | self.validation.compute()
+        for name, value in values.items():
+            self.log(f"val/{name}", value.double(), rank_zero_only=False)
+        self.validation_loss.reset()
+        self.validation.reset()

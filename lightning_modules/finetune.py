@@ -1,0 +1,207 @@
+"""What every task of fine-tuning shares: a pretrained network with the head of the task, whole or by an adapter."""
+
+import copy
+from abc import abstractmethod
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from jsonargparse import lazy_instance
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from lightning_modules.adapter import Adapter
+from lightning_modules.architectures import fit_config
+from lightning_modules.model_folder import find_folder
+from lightning_modules.optim import adamw
+from lightning_modules.scheduled_step import ScheduledStep
+from lightning_modules.schedules import Linear, Schedule
+
+NEW = "new"
+"""Of --model.from: weights that are initialised here."""
+
+
+class FineTune(ScheduledStep):
+    """A subclass is a task.
+
+    Args:
+        from_: Flag --model.from: a run's folder, a model's folder or a Hub name; or new, for freshly initialised
+            weights of `architecture`. Left out: the newest run in runs/ whose model has the task's head, else new.
+        architecture: A transformers config by name, with its fields, for new weights.
+        adapter: Trains matrices of low rank beside the model's instead of the model.
+        freeze_backbone: Trains the head alone.
+        dropout: Of all layers that have it. Left out: as the model has it.
+        optimizer: Any torch optimizer by name. Weight decay touches matrices and embeddings only.
+        schedule: Constant, Linear, Cosine, Step, Exponential, InverseSquareRoot or WarmupStableDecay.
+        max_tokens: Stop after this many training tokens, and end the schedule there.
+        l1: Weight of the sum of absolute weights, in nats per label.
+        compile: torch.compile of the network; auto: on a GPU, where it pays.
+    """
+
+    objective: ClassVar[str]
+    auto_class: ClassVar[type]
+
+    def __init__(
+        self,
+        from_: str | None = None,
+        architecture: PreTrainedConfig | None = None,
+        adapter: Adapter | None = None,
+        freeze_backbone: bool = False,
+        dropout: float | None = None,
+        optimizer: OptimizerCallable = adamw,
+        schedule: Schedule = lazy_instance(Linear),  # noqa: B008 - so that a saved config holds it by name
+        max_tokens: int | None = None,
+        l1: float = 0.0,
+        compile: bool | Literal["auto"] = "auto",
+    ):
+        super().__init__(optimizer, schedule, max_tokens, l1, compile)
+        self.start = starting_folder(from_, self.auto_class)
+        """A folder or Hub name; None for new weights."""
+        self.architecture = architecture
+        if self.start is None and architecture is None:
+            raise ValueError(
+                "no run in runs/ has a model for this task, and there is no --model.architecture to begin with; pass "
+                "--model.from, or an architecture"
+            )
+        self.adapter = adapter
+        self.freeze_backbone = freeze_backbone
+        self.dropout = dropout
+
+    # The network
+
+    @abstractmethod
+    def head_fields(self) -> dict[str, object]:
+        """Fields of the config that say what the task's head is."""
+
+    def configure_model(self) -> None:
+        if self.network is not None:
+            return
+        data = self.trainer.datamodule
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        fields = self.head_fields()
+        if self.dropout is not None:
+            config = self.architecture if self.start is None else AutoConfig.from_pretrained(self.start)
+            ends = ("dropout", "_pdrop", "dropout_prob")
+            fields |= {name: self.dropout for name in vars(config) if name.endswith(ends)}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)  # of new weights, and of the new head
+            network = self._new(fields) if self.start is None else self._loaded(fields)
+            self._require_fit(network)
+            if network.config.pad_token_id is None:
+                network.config.pad_token_id = data.pad_id
+            if self.freeze_backbone:
+                network.base_model.requires_grad_(False)
+            if self.adapter is not None:
+                network = self.adapter.added_to(network, self.objective)
+        self.make_fast(network)
+        self.network = network.train()
+
+    def _new(self, fields: dict[str, object]) -> PreTrainedModel:
+        data = self.trainer.datamodule
+        fit_config(self.architecture, data.tokenizer, data.vocab_size, data.seq_len)
+        for name, value in fields.items():
+            setattr(self.architecture, name, value)
+        if type(self.architecture) not in self.auto_class._model_mapping:
+            raise ValueError(
+                f"--model.architecture {type(self.architecture).__name__} has no {self.auto_class.__name__}; take one "
+                "that has, such as transformers.BertConfig or transformers.LlamaConfig"
+            )
+        return self.auto_class.from_config(self.architecture)
+
+    def _loaded(self, fields: dict[str, object]) -> PreTrainedModel:
+        try:
+            # A head of another number of labels is made anew.
+            return self.auto_class.from_pretrained(
+                self.start, dtype=torch.float32, ignore_mismatched_sizes=True, **fields
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--model.from {self.start} has no {self.auto_class.__name__} ({reason})") from None
+
+    def _require_fit(self, network: PreTrainedModel) -> None:
+        data, config = self.trainer.datamodule, network.config
+        ids = network.get_input_embeddings().num_embeddings
+        if data.vocab_size > ids:
+            raise ValueError(
+                f"the tokenizer has {data.vocab_size:,} ids and the model {ids:,}: they do not belong together; leave "
+                "--data.tokenizer out for the model's own"
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and data.seq_len > positions:
+            raise ValueError(
+                f"an example has {data.seq_len:,} tokens, and the model {positions:,} positions; pass "
+                f"--data.max_length {positions}"
+            )
+
+    @property
+    def backbone(self) -> torch.nn.Module:
+        """What Lightning's BackboneFinetuning freezes and thaws."""
+        return self.plain_network.base_model
+
+    @property
+    def plain_network(self) -> PreTrainedModel:
+        """Without the adapter's wrapping, but with its weights."""
+        return self.network if self.adapter is None else self.network.base_model.model
+
+    def exported(self) -> PreTrainedModel:
+        """With an adapter, the network that it adds up to."""
+        return self.network if self.adapter is None else copy.deepcopy(self.network).float().merge_and_unload()
+
+    def counted_tokens(self, batch: dict[str, Tensor]) -> Tensor:
+        return (batch["attention_mask"] * (batch["rows"] >= 0)[:, None]).sum()
+
+    # What came of a run, in words
+
+    units: ClassVar[str]
+
+    def made_from(self, data: LightningDataModule) -> str:
+        origin = f"from {self.start}" if self.start else "from new weights"
+        how = "" if self.adapter is None else f", by {self.adapter.kind} of rank {self.adapter.rank}, merged"
+        examples = f"{data.rows_per_epoch:,} examples of {data.source}"
+        return f"{type(self.plain_network).__name__} fine-tuned {origin} on {examples}{how}."
+
+    def results(self, summary: dict[str, object]) -> dict[str, str]:
+        found = {name: value for name, value in summary.items() if name.startswith("val_") and value is not None}
+        shown = {name.removeprefix("val_"): value for name, value in found.items() if not name.endswith("_final")}
+        return {f"val {name.replace('_', ' ')}": f"{value:.4f}" for name, value in shown.items()}
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["task"] = self._task()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        there, here = checkpoint.get("task", {}), self._task()
+        for name, value in here.items():
+            if there.get(name) != value:
+                raise ValueError(
+                    f"the checkpoint has {name} {there.get(name)}, this run {value}; resume with the flags of the "
+                    "run's config.yaml"
+                )
+        super().on_load_checkpoint(checkpoint)
+
+    def _task(self) -> dict[str, object]:
+        labels = getattr(self.trainer.datamodule, "label_names", [])
+        adapter = self.adapter and f"{self.adapter.kind} of rank {self.adapter.rank}"
+        return {"task": type(self).__name__, "network": type(self.plain_network).__name__} | {
+            "labels": ", ".join(labels),
+            "adapter": adapter or "none",
+        }
+
+
+def starting_folder(asked: str | None, auto_class: type) -> str | None:
+    """The folder with the weights to begin with; None where they are new."""
+    if asked == NEW:
+        return None
+    if asked is not None:
+        return find_folder(asked)
+    runs = sorted(Path("runs").glob("*/model/config.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in runs:
+        if type(AutoConfig.from_pretrained(file.parent)) in auto_class._model_mapping:
+            return str(file.parent)
+    return None

@@ -1,0 +1,20 @@
+"""Fine-tune a language model on examples of a task.
+
+Run:
+    python recipes/finetune.py fit
+    python recipes/finetune.py fit --data.path reviews.csv --model.from runs/mine
+    python recipes/finetune.py fit --config recipes/finetune_sentiment.yaml --model.adapter.rank 16
+    python recipes/finetune.py validate --ckpt_path runs/finetune-…/checkpoints/last.ckpt
+"""
+
+from pathlib import Path
+
+from datamodules.examples import Examples
+from datamodules.labelled import Labelled  # noqa: F401 - so that --data Labelled needs no package
+from lightning_modules.classification import Classification
+from lightning_modules.cli import main
+from lightning_modules.finetune import FineTune
+
+if __name__ == "__main__":
+    script = Path(__file__)
+    main(FineTune, Classification, Examples, script, __doc__, script.with_name("finetune_sentiment.yaml"))

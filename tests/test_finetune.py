@@ -1,0 +1,312 @@
+"""Fine-tuning to labels: the same step however it is cut, the same model wherever it is loaded."""
+
+import csv
+import json
+import random
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
+
+from datamodules.labelled import Labelled
+from datamodules.tokenization import bpe_tokenizer
+from tests.faults import command, kill_group, signal_at, state
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "recipes" / "finetune.py"
+GOOD, BAD = ("fine", "lovely", "bright", "warm"), ("dull", "grey", "cold", "tired")
+
+
+def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Of several lengths, and whether they are good."""
+    rng, rows = random.Random(seed), []
+    for i in range(count):
+        words = [rng.choice(("the", "film", "was", "and", "its", "end", f"no{i}")) for _ in range(rng.randrange(3, 30))]
+        label = rng.choice(("good", "bad"))
+        for _ in range(3):
+            words.insert(rng.randrange(len(words)), rng.choice(GOOD if label == "good" else BAD))
+        rows.append((" ".join(words), label))
+    return rows
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reviews")
+    for name, count, seed in (("train.csv", 400, 0), ("val.csv", 81, 1)):
+        with (folder / name).open("w", newline="") as file:
+            csv.writer(file).writerows([("review", "sentiment"), *sentences(count, seed)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory) -> Path:
+    """A folder with a small masked language model and its tokenizer, as pretraining leaves it."""
+    texts = [text for text, _ in sentences(200)]
+    tokenizer = bpe_tokenizer(texts, sum(map(len, texts)), 400, "masked")
+    folder = tmp_path_factory.mktemp("encoder")
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small |= {"initializer_range": 0.2}  # weights as large as trained ones
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **small)
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def decoder(tmp_path_factory) -> Path:
+    texts = [text for text, _ in sentences(200)]
+    tokenizer = bpe_tokenizer(texts, sum(map(len, texts)), 400, "causal")
+    folder = tmp_path_factory.mktemp("decoder")
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **small)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def flags_of(folder: Path, reviews: Path, model: Path, **flags: object) -> list[str]:
+    chosen = {
+        "model.from": model,
+        "model.optimizer.lr": 2e-3,
+        "data.path": reviews / "train.csv",
+        "data.val_path": reviews / "val.csv",
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "trainer.max_time": "null",
+        "trainer.max_epochs": 2,
+        "trainer.log_every_n_steps": 1,
+        "trainer.default_root_dir": folder,
+    } | flags
+    return [f"--{name}={value}" for name, value in chosen.items() if value is not None]
+
+
+def run(verb: str, *flags: str) -> None:
+    old, sys.argv = sys.argv, [str(SCRIPT), verb, *flags]
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    finally:
+        sys.argv = old
+
+
+def fit(folder: Path, *arguments: object, **flags: object) -> dict:
+    run("fit", *flags_of(folder, *arguments, **flags))
+    return json.loads((folder / "summary.json").read_text())
+
+
+def refused(capsys, *flags: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run("fit", *flags)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# From a file to a model folder
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_a_run_learns_what_a_good_review_is_and_its_folder_says_it_in_a_plain_pipeline(
+    kind, reviews, tmp_path, request, capsys
+):
+    summary = fit(tmp_path, reviews, request.getfixturevalue(kind), **{"trainer.max_epochs": 6})
+    assert summary["val_accuracy"] > 0.9 and summary["steps"] == 150
+    assert "labels" in capsys.readouterr().out
+    classify = pipeline("text-classification", str(tmp_path / "model"))
+    texts, labels = zip(*sentences(60, seed=1), strict=True)
+    right = sum(answer["label"] == label for answer, label in zip(classify(list(texts)), labels, strict=True))
+    assert right > 50
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 81 and [line["row"] for line in lines] == list(range(81))
+    assert sum(line["correct"] for line in lines) / 81 == pytest.approx(summary["val_accuracy"], abs=1e-6)
+    assert all(line["correct"] == (line["prediction"] == line["label"]) for line in lines)
+
+
+def test_without_any_model_or_text_new_weights_learn_functions_of_the_standard_library(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = {"model.architecture.hidden_size": 16, "model.architecture.intermediate_size": 32}
+    small |= {"trainer.max_steps": 2, "trainer.max_epochs": None, "trainer.val_check_interval": 2}
+    no_data = {"model.from": None, "data.path": None, "data.val_path": None}
+    fit(tmp_path, tmp_path, tmp_path, **small, **no_data)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    labels = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").config.id2label
+    assert len(tokenizer) > 1000 and len(labels) == 6 and "asyncio" in labels.values()
+
+
+def test_without_from_the_newest_run_with_such_a_head_is_taken(encoder, reviews, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "model").symlink_to(encoder)
+    monkeypatch.chdir(tmp_path)
+    fit(tmp_path / "out", reviews, None, **{"trainer.max_steps": 2, "trainer.val_check_interval": 2})
+    assert "from      runs/mine/model" in capsys.readouterr().out
+    config = (tmp_path / "out" / "config.yaml").read_text()
+    assert "from: null" in config and "from_:" not in config
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_yaml_says_from_as_the_command_line_does(rank, encoder, reviews, tmp_path):
+    """And so does the config that a run leaves."""
+    first = fit(tmp_path / "a", reviews, encoder, **{"model.adapter.rank": rank, "trainer.max_epochs": 1})
+    run("fit", "--config", str(tmp_path / "a" / "config.yaml"), f"--trainer.default_root_dir={tmp_path / 'b'}")
+    assert json.loads((tmp_path / "b" / "summary.json").read_text())["val_loss"] == first["val_loss"]
+
+
+# Adapters
+
+
+def network_of(encoder: Path, reviews: Path, **settings: object):
+    """A module with its network, and a batch."""
+    from lightning.pytorch import Trainer
+
+    from lightning_modules.classification import Classification
+
+    data = Labelled(str(reviews / "train.csv"), str(reviews / "val.csv"), batch_size=16)
+    module = Classification(from_=str(encoder), **settings)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.datamodule = data
+    data.trainer, trainer.strategy._lightning_module, module.trainer = trainer, module, trainer
+    data.prepare_data()
+    data.setup("fit")
+    module.configure_model()
+    module.network.eval()
+    return module, next(iter(data.train_dataloader()))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_begins_as_the_model_itself_and_is_merged_into_it(kind, encoder, reviews):
+    from lightning_modules.adapter import Adapter
+
+    plain, batch = network_of(encoder, reviews)
+    adapted, _ = network_of(encoder, reviews, adapter=Adapter(kind, rank=4))
+    with torch.no_grad():
+        if kind == "lora":
+            assert torch.equal(plain.logits(batch), adapted.logits(batch))
+        torch.testing.assert_close(plain.logits(batch), adapted.logits(batch), rtol=0, atol=1e-5)
+        trained = [name for name, p in adapted.network.named_parameters() if p.requires_grad]
+        assert trained and all("lora_" in name or "classifier" in name for name in trained)
+        for name, parameter in adapted.network.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+        merged = adapted.exported()
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        moved = adapted.logits(batch)
+        assert not torch.allclose(plain.logits(batch), moved, atol=1e-3)
+        torch.testing.assert_close(merged(**inputs).logits, moved, rtol=0, atol=1e-5)
+
+
+def test_a_run_with_an_adapter_leaves_an_ordinary_folder(encoder, reviews, tmp_path):
+    flags = {"model.adapter.rank": 8, "model.optimizer.lr": 1e-2, "trainer.max_epochs": 6}
+    summary = fit(tmp_path, reviews, encoder, **flags)
+    assert summary["val_accuracy"] > 0.8
+    answers = pipeline("text-classification", str(tmp_path / "model"))(["lovely warm film", "dull grey film"])
+    assert [answer["label"] for answer in answers] == ["good", "bad"]
+
+
+def test_a_frozen_backbone_stays_as_it_was(encoder, reviews, tmp_path):
+    fit(tmp_path, reviews, encoder, **{"model.freeze_backbone": True, "trainer.max_epochs": 1})
+    before = BertForMaskedLM.from_pretrained(encoder).bert.state_dict()
+    after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").bert.state_dict()
+    same = [name for name in before if name in after]
+    assert len(same) > 10 and all(torch.equal(before[name], after[name]) for name in same)
+
+
+# Exact
+
+
+def test_the_loss_is_the_mean_of_cross_entropies_and_padding_changes_nothing(encoder, reviews):
+    module, batch = network_of(encoder, reviews)
+    _, nats, count = module.loss(batch)
+    alone = []
+    with torch.no_grad():
+        for i in range(16):
+            length = int(batch["attention_mask"][i].sum())
+            logits = module.network(batch["input_ids"][i : i + 1, :length]).logits
+            alone.append(F.cross_entropy(logits, batch["labels"][i : i + 1]))
+    assert int(count) == 16
+    torch.testing.assert_close(nats / count, torch.stack(alone).mean(), rtol=1e-5, atol=0)
+
+
+def test_class_weights_weigh_as_torch_has_it(encoder, reviews):
+    module, batch = network_of(encoder, reviews, class_weights={"good": 3.0}, label_smoothing=0.1)
+    assert module.trainer.datamodule.label_names == ["bad", "good"]
+    _, nats, count = module.loss(batch)
+    logits = module.logits(batch)
+    weights = torch.tensor([1.0, 3.0])
+    expected = F.cross_entropy(logits, batch["labels"], weights, label_smoothing=0.1)
+    torch.testing.assert_close(nats / count, expected.detach())
+
+
+PAIR = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 8, "trainer.val_check_interval": 20}
+ONE = {
+    "trainer.accumulate_grad_batches": 2,
+    "trainer.strategy": "ddp",
+    "data.batch_size": 8,
+    "trainer.val_check_interval": 40,
+}
+EXACT = {"trainer.max_steps": 40, "trainer.max_epochs": None, "ckpt_path": "last", "recovery.every_n_steps": 7}
+
+
+def as_command(folder: Path, flags: list[str], *more: str) -> int:
+    process = command(["fit", "--allow_import=tests", *flags, *more], folder / "log", [sys.executable], script=SCRIPT)
+    try:
+        code = process.wait(120)
+    finally:
+        kill_group(process)
+    print((folder / "log").read_text()[-2000:])
+    return code
+
+
+def test_two_ranks_are_two_micro_batches_and_a_terminated_run_goes_on_as_either(encoder, reviews, tmp_path):
+    states = {}
+    for name, ranks, then in (("one", ONE, None), ("two", PAIR, None), ("both", PAIR, ONE)):
+        folder = tmp_path / name
+        folder.mkdir()
+        first = flags_of(folder, reviews, encoder, **EXACT, **ranks)
+        assert as_command(folder, first, *(signal_at(17) if then else [])) == (143 if then else 0)
+        if then:
+            assert as_command(folder, flags_of(folder, reviews, encoder, **EXACT, **then)) == 0
+        states[name] = state(folder)
+    assert len(set(states.values())) == 1
+
+
+def test_a_checkpoint_of_other_labels_is_refused(encoder, reviews, tmp_path, capsys):
+    fit(tmp_path, reviews, encoder, **{"trainer.max_epochs": 1})
+    flags = flags_of(tmp_path, reviews, encoder, **{"ckpt_path": "last", "model.adapter.rank": 4})
+    assert "the checkpoint has adapter none, this run lora of rank 4" in refused(capsys, *flags)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"model.from": "no/such/folder/at/all"}, "no such folder: no/such/folder/at/all"),
+        ({"data.label_column": "stars"}, "has no column 'stars'; pass --data.label_column, one of: review, sentiment"),
+        ({"data.max_length": 0}, "--data.max_length is 0"),
+        ({"model.class_weights": '{"fine": 2}'}, "--model.class_weights names 'fine'; the labels are bad, good"),
+        ({"model.adapter.target_modules": '["nothing"]'}, "--model.adapter does not fit BertForSequenceClassification"),
+        ({"model.adapter.rank": 0}, "--model.adapter.rank is 0"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, told, encoder, reviews, tmp_path, capsys):
+    assert told in refused(capsys, *flags_of(tmp_path, reviews, encoder, **flags))
+
+
+def test_a_tokenizer_of_another_model_is_told(encoder, decoder, reviews, tmp_path, capsys):
+    big = AutoTokenizer.from_pretrained(encoder)
+    big.add_tokens([f"new{i}" for i in range(50)])
+    big.save_pretrained(tmp_path / "big")
+    flags = flags_of(tmp_path / "run", reviews, encoder, **{"data.tokenizer": tmp_path / "big"})
+    assert "they do not belong together" in refused(capsys, *flags)
