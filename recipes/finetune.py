@@ -4,7 +4,7 @@ Run:
     python recipes/finetune.py fit
     python recipes/finetune.py fit --data.path reviews.csv --model.from runs/mine
     python recipes/finetune.py fit --config recipes/finetune_sentiment.yaml --model.adapter.rank 16
-    python recipes/finetune.py validate --ckpt_path runs/finetune-…/checkpoints/last.ckpt
+    python recipes/finetune.py verify
 """
 
 from pathlib import Path

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+from transformers import BertConfig, BertForMaskedLM
 
+from datamodules.tokenization import bpe_tokenizer
 from tests.test_recipes import ROOT, SMALL, TOY, fit
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.py")), *sorted((ROOT / "recipes").glob("*.yaml"))]
@@ -38,6 +40,12 @@ def place(tmp_path_factory, corpus):
     (folder / "held_out.txt").write_text(text[:500])
     (folder / "stories.txt").write_text(text[:300] + "<|endoftext|>" + text[300:600])
     (folder / "prompt.txt").write_text("def f")
+    lines = [f"{'fine' if i % 2 else 'dull'} film number {i},{i % 2}" for i in range(60)]
+    (folder / "reviews.csv").write_text("\n".join(["review,label", *lines, ""]))
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = bpe_tokenizer(lines, 2000, 300, "masked")
+    for part in (BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **small)), tokenizer):
+        part.save_pretrained(folder / "runs" / "mine" / "model")
     for name in ("texts", "my_texts"):
         (folder / name).symlink_to(corpus)
     (folder / "recipes").symlink_to(ROOT / "recipes")
@@ -61,6 +69,8 @@ def test_a_command_runs_as_it_is_written(command, place, monkeypatch, capsys):
         arguments = ["replay", "--run", "run", "--step", "2"]
     elif script == "recipes/pretrain.py":
         arguments += toy_flags(arguments)
+    elif script == "recipes/finetune.py":
+        arguments += ["--trainer.max_steps=2", "--trainer.val_check_interval=2"] if arguments[0] == "fit" else []
     else:  # whatever model the command names
         arguments[arguments.index("--model") + 1] = "run/model"
     monkeypatch.setattr(sys, "argv", [script, *arguments])
