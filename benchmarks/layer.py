@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from page import Goal, Table
-from sizes import Size
+from sizes import Job, Size
 from tokens import prepare
-from turns import Row, interleave, quartiles
+from turns import Row, Turn, interleave, quartiles
 
 from lightning_modules import hardware
 from lightning_modules.checkpoint_io import CheckpointFiles, bytes_of_tensors
 
 COMMAND = "python benchmarks/run.py --only layer"
+STARTS = 5
 ROWS = {"without the layer": "bare_row.py", "our recipe": "recipe_row.py"}
 
 
@@ -33,12 +34,13 @@ def steps(sizes: list[Size], threads: list[int], rounds: int, turn_seconds: floa
     for size in sizes:
         tokens = size.batch_size * size.seq_len
         for count in threads:
-            with tempfile.TemporaryDirectory() as folder, ExitStack() as started:
+            with tempfile.TemporaryDirectory() as folder:
                 job = prepare(size, Path(folder), bf16)
-                running = {name: started.enter_context(Row(script, job, count)) for name, script in ROWS.items()}
-                turns = interleave(running, rounds, turn_seconds)
+                rates = {name: [] for name in ROWS}
+                for _ in range(STARTS):
+                    for name, turns in turns_of(job, count, rounds, turn_seconds).items():
+                        rates[name] += [tokens * len(turn.seconds) / sum(turn.seconds) for turn in turns]
             where = f"{size.name}, {count} thread{'s' if count > 1 else ''}"
-            rates = {name: [tokens * len(t.seconds) / sum(t.seconds) for t in turns[name]] for name in ROWS}
             bare, ours = (statistics.median(rates[name]) for name in ROWS)
             spreads = [quartiles(rates[name]) for name in ROWS]
             rows.append([where, *(f"{mid:,.0f} ({low:,.0f} to {high:,.0f})" for low, mid, high in spreads)])
@@ -49,10 +51,18 @@ def steps(sizes: list[Size], threads: list[int], rounds: int, turn_seconds: floa
         COMMAND,
         ["", *(f"{name}, tokens/s" for name in ROWS), "of without"],
         rows,
-        f"{rounds} turns each. The layer: checkpoints by the clock, signals, numbers that are not finite, ranks that "
-        "stand still, a seed for each micro-batch, a second try where memory runs out.",
+        f"{STARTS} pairs of processes, {rounds} turns of each: two processes of one row differ by some 3 %. The layer: "
+        "checkpoints by the clock, signals, numbers that are not finite, ranks that stand still, a seed for each "
+        "micro-batch, a second try where memory runs out.",
         goals,
     )
+
+
+def turns_of(job: Job, threads: int, rounds: int, turn_seconds: float) -> dict[str, list[Turn]]:
+    """Of both rows, in processes of their own."""
+    with ExitStack() as started:
+        running = {name: started.enter_context(Row(script, job, threads)) for name, script in ROWS.items()}
+        return interleave(running, rounds, turn_seconds)
 
 
 def checkpoints(numbers: int, repeats: int) -> Table:

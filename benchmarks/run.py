@@ -66,7 +66,7 @@ def measured(options: argparse.Namespace) -> Iterator[list[Table]]:
                 yield [training.table(trained[-1], "python benchmarks/run.py --only training")]
     if "layer" in wanted:
         threads = options.threads or sorted({1, cores})
-        yield [layer.steps([s for s in sizes if s != GPT2], threads, 4 * options.rounds, options.turn_seconds / 2)]
+        yield [layer.steps([s for s in sizes if s != GPT2], threads, options.rounds, options.turn_seconds / 2)]
         yield [layer.checkpoints(1_000_000 if options.quick else 124_000_000, options.rounds)]
     if "fused_loss" in wanted:
         yield fused_loss.tables(1 if options.quick else 3, cores)

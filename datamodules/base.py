@@ -23,7 +23,8 @@ class Batch(TypedDict):
     input_ids: Tensor
     """(B, T) int64."""
     labels: Tensor
-    """(B, T) int64, or (B, U) for an encoder-decoder, whose decoder reads the labels shifted right."""
+    """(B, T) int64, or (B, U) for an encoder-decoder, whose decoder reads the labels shifted right. Of whole texts:
+    (B,) int64, (B, number of labels) float32 where several may hold, (B,) float32 of numbers."""
     rows: Tensor
     """(B,) int64: the absolute number of each row in the order of training, counted over all epochs; -1 is a
     row without a label that only evens out the ranks. In validation: the row's number in the held-out text."""
@@ -31,6 +32,8 @@ class Batch(TypedDict):
     """(B, T) int64, only where attention stops at document borders: positions that restart at each document."""
     attention_mask: NotRequired[Tensor]
     """(B, T) int64, only where rows are padded: 1 for tokens, 0 for padding."""
+    token_type_ids: NotRequired[Tensor]
+    """(B, T) int64, only of encoders that tell the second text of a pair by it."""
 
 
 class TextData(Protocol):
@@ -50,5 +53,9 @@ class TextData(Protocol):
     """Rows trained on so far, by all ranks together."""
     rows_per_micro_step: int
     """Rows that all ranks together take at a time."""
+    tokens_per_row: float
+    """On average, without padding."""
+    skipped_rows: dict[str, int]
+    """Rows left out, by file."""
     batch_row: int
     """Number, in the whole training, of the first row of the batch in hand: what a micro-batch's seed follows from."""

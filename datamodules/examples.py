@@ -85,7 +85,8 @@ class Examples(Ordered, ABC):
 
     @abstractmethod
     def encode(self, train: list[Numbered], val: list[Numbered], bad_rows: BadRows) -> tuple[Fields, Fields, dict]:
-        """The arrays of both splits, and what is to be told of them. One of the arrays is Ragged: `input_ids`."""
+        """The arrays of both splits, and what is to be told of them; takes examples that cannot be encoded out of the
+        lists. One of the arrays is Ragged: `input_ids`."""
 
     @abstractmethod
     def texts(self, record: Record) -> str:

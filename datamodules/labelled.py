@@ -122,7 +122,8 @@ class Labelled(Examples):
         usual = {"text": TEXT_NAMES, "pair": PAIR_NAMES, "label": LABEL_NAMES}
         lowered = {name.lower(): name for name in names}
         known = any(name in lowered for kind in usual.values() for name in kind)
-        header = not is_table or known or bool(set(asked) & set(names))
+        by_number = all(column.isdigit() and column not in names for column in asked)
+        header = not is_table or known or (bool(asked) and not by_number)
         if not header:
             names = [str(i) for i in range(len(names))]
             lowered = {}
@@ -160,15 +161,16 @@ class Labelled(Examples):
         number = {label: i for i, label in enumerate(labels)}
         fields, cut = {}, 0
         for split, examples in (("train", train), ("val", val)):
-            values = []
-            for place, record in list(examples):
+            values, known = [], []
+            for place, record in examples:
                 found = [float(record["label"])] if kind == "number" else self._split(record["label"], kind)
                 unknown = [label for label in found if kind != "number" and label not in number]
                 if unknown:
                     bad_rows.add(place.rpartition(":")[0], f"{place}: label {unknown[0]!r} is in no training example")
-                    examples.remove((place, record))
-                    continue
-                values.append(found if kind == "number" else [number[label] for label in found])
+                else:
+                    known.append((place, record))
+                    values.append(found if kind == "number" else [number[label] for label in found])
+            examples[:] = known
             ids, types, cut_here = self._tokens([record for _, record in examples])
             cut += cut_here
             fields[split] = {"input_ids": Ragged.of(ids), "labels": _label_array(values, kind, len(labels))}
