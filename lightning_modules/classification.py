@@ -64,6 +64,9 @@ class Classification(FineTune):
             "label2id": {name: i for i, name in enumerate(names)},
         }
 
+    def measured(self) -> list[str]:
+        return ["loss", *self.validation]
+
     def _metrics(self, labels: int) -> dict[str, object]:
         if self.kind == "number":
             return {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef(), "mse": MeanSquaredError()}

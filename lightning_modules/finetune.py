@@ -76,6 +76,10 @@ class FineTune(ScheduledStep):
     def head_fields(self) -> dict[str, object]:
         """Fields of the config that say what the task's head is."""
 
+    @abstractmethod
+    def measured(self) -> list[str]:
+        """Names under val/ that a validation finds."""
+
     def configure_model(self) -> None:
         if self.network is not None:
             return
@@ -83,6 +87,7 @@ class FineTune(ScheduledStep):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         fields = self.head_fields()
+        self._require_monitors()
         if self.dropout is not None:
             config = self.architecture if self.start is None else AutoConfig.from_pretrained(self.start)
             ends = ("dropout", "_pdrop", "dropout_prob")
@@ -99,6 +104,16 @@ class FineTune(ScheduledStep):
                 network = self.adapter.added_to(network, self.objective)
         self.make_fast(network)
         self.network = network.train()
+
+    def _require_monitors(self) -> None:
+        names = [f"val/{name}" for name in self.measured()]
+        for callback in self.trainer.callbacks:
+            watched = getattr(callback, "monitor", None)
+            if watched is not None and watched.startswith("val/") and watched not in names:
+                raise ValueError(
+                    f"{type(callback).__name__} watches {watched}, which a validation here does not find; it finds "
+                    f"{', '.join(names)}: name one by --trainer.callbacks.monitor, with --trainer.callbacks.mode"
+                )
 
     def _new(self, fields: dict[str, object]) -> PreTrainedModel:
         data = self.trainer.datamodule

@@ -304,6 +304,32 @@ def test_a_mistake_is_one_line(flags, told, encoder, reviews, tmp_path, capsys):
     assert told in refused(capsys, *flags_of(tmp_path, reviews, encoder, **flags))
 
 
+def test_numbers_are_learnt_by_squared_error_and_judged_by_correlation(encoder, tmp_path, capsys):
+    rows = [f"{text},{1.5 if label == 'good' else -0.5}" for text, label in sentences(200)]
+    (tmp_path / "scores.csv").write_text("\n".join(["text,score", *rows, ""]))
+    data = {"data.path": tmp_path / "scores.csv", "data.val_path": None, "trainer.max_epochs": 8}
+    flags = flags_of(tmp_path / "run", tmp_path, encoder, **data)
+    told = refused(capsys, *flags)
+    assert "watches val/accuracy" in told and "val/pearson" in told
+    run("fit", *flags, "--trainer.callbacks.monitor=val/pearson")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["val_pearson"] > 0.3 and summary["val_mse"] == pytest.approx(summary["val_loss"], rel=1e-4)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert all(isinstance(line["prediction"], float) for line in lines)
+
+
+def test_several_labels_are_each_a_question_of_its_own(encoder, tmp_path):
+    rows = []
+    for text, label in sentences(200):
+        rows.append({"text": text, "labels": [label] + ["long"] * (len(text.split()) > 15)})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"data.path": tmp_path / "rows.jsonl", "data.val_path": None, "trainer.max_epochs": 4}
+    summary = fit(tmp_path / "run", tmp_path, encoder, **data)
+    assert summary["val_f1_micro"] > 0.5
+    answers = pipeline("text-classification", str(tmp_path / "run" / "model"), top_k=None)("lovely film")[0]
+    assert {answer["label"] for answer in answers} == {"good", "bad", "long"}
+
+
 def test_a_tokenizer_of_another_model_is_told(encoder, decoder, reviews, tmp_path, capsys):
     big = AutoTokenizer.from_pretrained(encoder)
     big.add_tokens([f"new{i}" for i in range(50)])
