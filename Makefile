@@ -29,10 +29,10 @@ test: setup ## the tests: no GPU, no network
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
-torture: setup ## runs hurt at random moments (about 15 minutes); ARGS="--soak_minutes 60" for longer
+torture: setup ## runs hurt at random moments (about 25 minutes); ARGS="--soak_minutes 60" for longer
 	$(BIN)/python -m tests.torture $(ARGS)
 
-mutants: setup ## each mechanism switched off in a copy, whose tests then have to fail (about 10 minutes)
+mutants: setup ## each mechanism switched off in a copy, whose tests then have to fail (about 20 minutes)
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: setup ## style and unused names

@@ -11,6 +11,13 @@ from pathlib import Path
 _CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 
 
+def cache_root(chosen: str | None) -> Path:
+    """The chosen folder, else lightning-lm-recipes in $XDG_CACHE_HOME or ~/.cache."""
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-lm-recipes"
+
+
 @contextlib.contextmanager
 def written_whole(folder: Path, is_sound: Callable[[Path], bool]) -> Iterator[Path]:
     """A temporary folder beside `folder`, synced and renamed to it at the end.

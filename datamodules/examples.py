@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +11,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import Batch
+from datamodules.cache_folders import cache_root
 from datamodules.example_store import FORMAT_VERSION, ExampleStore, Fields, open_examples, write_examples
 from datamodules.files import BadRows
 from datamodules.ordered import Ordered
 from datamodules.records import Record
 from datamodules.row_order import ByLength, HeldOutOrder
 from datamodules.rows import Loader, row_loader
-from datamodules.sources import ContentHashes, find_files
+from datamodules.sources import ContentHashes, find_files, standard_library
 from datamodules.tokenization import bpe_tokenizer, document_start, fingerprint, load_tokenizer, remembered
 
 Numbered = tuple[str, Record]
@@ -59,8 +59,7 @@ class Examples(Ordered, ABC):
         self.batch_size, self.val_batch_size = batch_size, val_batch_size
         self.num_workers = num_workers
         self.on_bad_row = on_bad_row
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else caches / "lightning-lm-recipes"
+        self.cache_dir = cache_root(cache_dir)
         self.seed = seed
         self.allow_changed_data = allow_changed_data
         self.store: ExampleStore | None = None
@@ -119,7 +118,8 @@ class Examples(Ordered, ABC):
         hashes = ContentHashes(self.cache_dir / "file_hashes.json")
         train_files = None if self.path is None else find_files(_listed(self.path), "--data.path")
         val_files = find_files(_listed(self.val_path), "--data.val_path") if self.val_path else []
-        digests = [[hashes(file) for file in files] for files in (train_files or [], val_files)]
+        read = standard_library() if train_files is None else train_files
+        digests = [[hashes(file) for file in files] for files in (read, val_files)]
         hashes.save()
         content = [FORMAT_VERSION, type(self).__name__, digests, self.val_fraction, self.on_bad_row, self.settings()]
         examples = partial(self._splits, train_files, val_files, BadRows(self.on_bad_row == "skip"))
@@ -132,18 +132,26 @@ class Examples(Ordered, ABC):
             bad_rows = BadRows(self.on_bad_row == "skip")
             train, val = self._splits(train_files, val_files, bad_rows)
             fields_train, fields_val, about = self.encode(train, val, bad_rows)
+            self._require_both(train, val)
             about |= {"skipped_rows": dict(bad_rows.skipped), "files": len(train_files or []) + len(val_files)}
             records = {"train": [record for _, record in train], "val": [record for _, record in val]}
             self.store = write_examples(folder, {"train": fields_train, "val": fields_val}, records, about)
         if self.store is None:
             raise ValueError(f"{self.source} changed since its examples were encoded; start again")
 
-    def _tokenizer(self, content: list, examples) -> PreTrainedTokenizerBase:
+    def _tokenizer(
+        self, content: list, examples: Callable[[], tuple[list[Numbered], list[Numbered]]]
+    ) -> PreTrainedTokenizerBase:
         """The one that is asked for, else the model's, else one trained on these texts."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         name = self.tokenizer_name or (module.start if module is not None else None)
         if name is not None:
-            return load_tokenizer(name)
+            try:
+                return load_tokenizer(name)
+            except (OSError, ValueError) as error:
+                if self.tokenizer_name:
+                    raise
+                raise ValueError(str(error).replace("--data.tokenizer", "the tokenizer of --model.from")) from None
         key = hashlib.sha256(json.dumps(["bpe", *content]).encode()).hexdigest()
 
         def trained() -> PreTrainedTokenizerBase:
@@ -160,7 +168,9 @@ class Examples(Ordered, ABC):
         else:
             examples = self.read(train_files, bad_rows)
         if val_files:
-            return examples, self.read(val_files, bad_rows)
+            val = self.read(val_files, bad_rows)
+            self._require_both(examples, val)
+            return examples, val
         held_out = {
             key
             for key in {self.key(record) for _, record in examples}
@@ -168,13 +178,16 @@ class Examples(Ordered, ABC):
         }
         train = [(place, record) for place, record in examples if self.key(record) not in held_out]
         val = [(place, record) for place, record in examples if self.key(record) in held_out]
-        for name, part in (("train on", train), ("hold out", val)):
-            if not part:
-                raise ValueError(
-                    f"{self.source} has {len(examples):,} examples and leaves none to {name} with "
-                    f"--data.val_fraction {self.val_fraction}; pass more, or --data.val_path"
-                )
+        self._require_both(train, val)
         return train, val
+
+    def _require_both(self, train: list[Numbered], val: list[Numbered]) -> None:
+        if not train:
+            raise ValueError(f"{self.source} has no example to train on; pass more by --data.path")
+        if not val:
+            source = ", ".join(_listed(self.val_path)) if self.val_path else self.source
+            share = "" if self.val_path else f" by --data.val_fraction {self.val_fraction}"
+            raise ValueError(f"{source} has no example to hold out{share}; pass more by --data.val_path")
 
     @property
     def source(self) -> str:

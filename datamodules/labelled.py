@@ -72,6 +72,8 @@ class Labelled(Examples):
         super().__init__(path, val_path, val_fraction, *shared, allow_changed_data)
         self.text_column, self.pair_column, self.label_column = text_column, pair_column, label_column
         self.asked_kind, self.label_separator = label_kind, label_separator
+        self.columns: dict[str, str] = {}
+        """Of text, pair and label, as they were found in the first file."""
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -90,10 +92,12 @@ class Labelled(Examples):
         return ({"text": source, "label": package} for source, package in by_package())
 
     def read(self, files: list[Path], bad_rows: BadRows) -> list[Numbered]:
+        """As in `self.columns`, by what it is."""
         return [example for file in files for example in self._read(file, bad_rows)]
 
     def _read(self, file: Path, bad_rows: BadRows) -> Iterator[Numbered]:
         header, columns = self._columns(file)
+        self.columns = self.columns or columns
         for number, row in records(file, bad_rows, list(columns.values()), "label_column", header):
             place = f"{file}:{number}"
             record = {name: row[column] for name, column in columns.items()}
@@ -107,11 +111,13 @@ class Labelled(Examples):
         """What is wrong with a text or a label, if anything is."""
         if name != "label":
             return fault_of(value) or (None if value.strip() else "is empty")
-        if value is None or value == "":
+        if value is None or (isinstance(value, str) and not value.strip() and self.asked_kind != "several"):
             return "is empty"
         if not isinstance(value, str | int | float | list):
             return f"is no label but {type(value).__name__}"
-        return f"is {value!r}, no number" if self.asked_kind == "number" and not _is_number(value) else None
+        if isinstance(value, float) and not _is_number(value):
+            return f"is {value}"
+        return None
 
     def _columns(self, file: Path) -> tuple[bool, dict[str, str]]:
         """Whether a file has a header, and the columns of text, pair and label."""
@@ -156,6 +162,8 @@ class Labelled(Examples):
     def encode(self, train: list[Numbered], val: list[Numbered], bad_rows: BadRows) -> tuple[Fields, Fields, dict]:
         kind = self.asked_kind or _kind([record["label"] for _, record in train])
         labels = [] if kind == "number" else _names_of(self._split(r["label"], kind) for _, r in train)
+        if not labels and kind != "number":
+            raise ValueError(f"{self.source} has no label at all; pass --data.label_column")
         if kind == "one" and len(labels) < 2:
             raise ValueError(f"{self.source} has one label only, {labels[0]!r}; there is nothing to learn")
         number = {label: i for i, label in enumerate(labels)}
@@ -163,13 +171,17 @@ class Labelled(Examples):
         for split, examples in (("train", train), ("val", val)):
             values, known = [], []
             for place, record in examples:
-                found = [float(record["label"])] if kind == "number" else self._split(record["label"], kind)
-                unknown = [label for label in found if kind != "number" and label not in number]
-                if unknown:
-                    bad_rows.add(place.rpartition(":")[0], f"{place}: label {unknown[0]!r} is in no training example")
+                found = self._split(record["label"], kind)
+                if kind == "number":
+                    fault = None if _is_number(found[0]) else f"label {found[0]!r} is no number"
                 else:
-                    known.append((place, record))
-                    values.append(found if kind == "number" else [number[label] for label in found])
+                    unknown = [label for label in found if label not in number]
+                    fault = f"label {unknown[0]!r} is in no training example" if unknown else None
+                if fault:
+                    bad_rows.add(place.rpartition(":")[0], f"{place}: {fault}")
+                    continue
+                known.append((place, record))
+                values.append([float(found[0])] if kind == "number" else [number[label] for label in found])
             examples[:] = known
             ids, types, cut_here = self._tokens([record for _, record in examples])
             cut += cut_here
@@ -180,6 +192,7 @@ class Labelled(Examples):
         about = {
             "kind": kind,
             "labels": labels or ["score"],
+            "columns": self.columns,
             "counts": {label: counts[label] for label in labels},
             "cut_off": cut,
         }
@@ -189,12 +202,14 @@ class Labelled(Examples):
         if kind != "several":
             return [_name(label)]
         parts = label if isinstance(label, list) else str(label).split(self.label_separator)
-        return [_name(part) for part in parts]
+        return [name for part in parts if (name := _name(part))]
 
     def _tokens(self, rows: list[Record]) -> tuple[list[list[int]], list[list[int]], int]:
         """Ids, token types where the tokenizer has them, and how many examples were cut off."""
+        if not rows:
+            return [], [], 0
         texts = [str(row["text"]) for row in rows]
-        pairs = [str(row["pair"]) for row in rows] if rows and "pair" in rows[0] else None
+        pairs = [str(row["pair"]) for row in rows] if "pair" in rows[0] else None
         tokenizer = self.tokenizer
         if tokenizer.num_special_tokens_to_add(pair=pairs is not None) == 0:
             # One that was made for pretraining: each text begins as a document does.
@@ -240,6 +255,7 @@ class Labelled(Examples):
         shown = ", ".join(f"{name} {counts[name]:,}" for name in self.label_names[:8] if name in counts)
         return {
             "text": f"{self.source}: {examples[0]:,} examples, {tokens:,} tokens",
+            "columns": ", ".join(f"{name} from {column!r}" for name, column in about["columns"].items()),
             "held out": f"{examples[1]:,} examples",
             "labels": f"{kinds[self.kind]} {len(self.label_names)}: {shown}{', …' * (len(self.label_names) > 8)}",
             "cut off": f"{about['cut_off']:,} examples at {self.max_length} tokens" if about["cut_off"] else "",
@@ -282,7 +298,7 @@ def _name(label: object) -> str:
 
 def _names_of(labels: Iterator[list[str]]) -> list[str]:
     """Every label once: numbers in their order, others by the alphabet."""
-    names = {name for found in labels for name in found if name}
+    names = {name for found in labels for name in found}
     return sorted(names, key=(lambda name: (float(name), name)) if all(map(_is_number, names)) else None)
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from datamodules.files import BadRows, compression, decoded_blocks, lines_of, opened, text_format
+from datamodules.files import ROW_FORMATS, BadRows, compression, decoded_blocks, lines_of, opened, text_format
 
 Record = dict[str, object]
 
@@ -28,6 +28,8 @@ def records(
     Raises ValueError or OSError with one line that names file and place.
     """
     form = text_format(path)
+    if form not in ROW_FORMATS:
+        raise ValueError(f"{path} has no rows with columns; pass {', '.join(ROW_FORMATS)} (.gz, .xz, .zst)")
     if form == ".parquet":
         return _parquet_records(path, columns, flag)
     if form in (".csv", ".tsv"):

@@ -1,16 +1,15 @@
 """Text to pretrain on: files, folders, a Hub data set or the standard library, as rows of tokens."""
 
 import hashlib
-import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from datamodules.cache_folders import cache_root
 from datamodules.corpus import Split, open_corpus
 from datamodules.corruption import noise_counts, raw_length
 from datamodules.encode_corpus import corpus_tokenizer, encode_corpus
@@ -99,8 +98,7 @@ class Text(Ordered):
         self.mean_span = mean_span
         self.max_val_rows = max_val_rows
         self.on_bad_row = on_bad_row
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else caches / "lightning-lm-recipes"
+        self.cache_dir = cache_root(cache_dir)
         self.seed = seed
         self.allow_changed_data = allow_changed_data
         self.store: TokenStore | None = None

@@ -189,8 +189,7 @@ def logits(module: LightningModule, network: torch.nn.Module, batch: dict[str, T
     if module.objective != "labels":
         inputs = network_inputs(batch, module.objective, module.architecture) | module.decoder_inputs(batch)
         return network(**inputs, use_cache=False).logits.float()
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    return network(**{name: batch[name] for name in names if name in batch}).logits.float()
+    return module.logits(batch, network)
 
 
 def exported(trainer: Trainer, module: LightningModule, batch: dict[str, Tensor]) -> Check:

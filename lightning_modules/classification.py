@@ -15,7 +15,7 @@ from torchmetrics.classification import (
     MultilabelExactMatch,
     MultilabelF1Score,
 )
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lightning_modules.finetune import FineTune
 from lightning_modules.losses import IGNORED
@@ -55,9 +55,9 @@ class Classification(FineTune):
             raise ValueError(f"--model.class_weights names {unknown[0]!r}; the labels are {', '.join(names)}")
         weights = [(self.class_weights or {}).get(name, 1.0) for name in names]
         self.register_buffer("weights_L", torch.tensor(weights), persistent=False)
-
         self.validation_loss = MeanMetric().set_dtype(torch.float64)
-        self.validation = MetricCollection(self._metrics(len(names)))
+        # Groups form at a rank's first examples, and ranks that have none would then exchange other numbers.
+        self.validation = MetricCollection(self._metrics(len(names)), compute_groups=False)
         return {
             "problem_type": PROBLEMS[self.kind],
             "id2label": dict(enumerate(names)),
@@ -79,38 +79,36 @@ class Classification(FineTune):
             "mcc": MulticlassMatthewsCorrCoef(labels),
         }
 
-    def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """(B, L) float32; (B, 1) of numbers."""
+    def logits(self, batch: dict[str, Tensor], network: PreTrainedModel | None = None) -> Tensor:
+        """(B, L) float32, (B, 1) of numbers; of another network than the module's own, if one is given."""
         names = ("input_ids", "attention_mask", "token_type_ids")
         inputs = {name: batch[name] for name in names if name in batch}
         if "use_cache" in vars(self.plain_network.config):
             inputs["use_cache"] = False
-        return self.network(**inputs).logits.float()
+        return (network or self.network)(**inputs).logits.float()
 
     def loss(self, batch: dict[str, Tensor], divisor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         return self.loss_of(self.logits(batch), batch, divisor)
 
     def loss_of(self, logits_BL: Tensor, batch: dict[str, Tensor], divisor: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropy in nats, of several labels the sum of their binary ones; squared error of numbers."""
+        """Cross-entropy in nats, of several labels the sum of their binary ones; squared error of numbers. Only the
+        objective is smoothed."""
         labels, counts_B = batch["labels"], batch["rows"] >= 0
         if self.kind == "one":
             labels_B = labels.masked_fill(~counts_B, IGNORED)
-            total = F.cross_entropy(
-                logits_BL,
-                labels_B,
-                self.weights_L,
-                ignore_index=IGNORED,
-                reduction="sum",
-                label_smoothing=self.label_smoothing,
-            )
+            settings = {"weight": self.weights_L, "ignore_index": IGNORED, "reduction": "sum"}
+            total = F.cross_entropy(logits_BL, labels_B, label_smoothing=self.label_smoothing, **settings)
+            nats = F.cross_entropy(logits_BL.detach(), labels_B, **settings) if self.label_smoothing else total
             count = (self.weights_L[labels.clamp(min=0)] * counts_B).sum()
         elif self.kind == "several":
             each_BL = F.binary_cross_entropy_with_logits(logits_BL, labels, self.weights_L, reduction="none")
-            total, count = (each_BL * counts_B[:, None]).sum(), counts_B.sum()
+            total = nats = (each_BL * counts_B[:, None]).sum()
+            count = counts_B.sum()
         else:
             each_B = F.mse_loss(logits_BL[:, 0], labels, reduction="none")
-            total, count = (each_B * counts_B).sum(), counts_B.sum()
-        return total / divisor, total.detach(), count
+            total = nats = (each_B * counts_B).sum()
+            count = counts_B.sum()
+        return total / divisor, nats.detach(), count
 
     def next_command(self, model: str, data: LightningDataModule) -> str:
         """For the terminal; `model` is quoted."""
@@ -139,13 +137,12 @@ class Classification(FineTune):
         return self.predicted(self.logits(batch)[here_B], batch["rows"][here_B], batch["labels"][here_B])
 
     def predicted(self, logits_BL: Tensor, rows_B: Tensor, labels: Tensor) -> list[dict[str, object]]:
-        """The prediction of each example, with the probability of each label, and whether it is right."""
+        """The prediction of each example, the probability of each label, and a score: 1 where it is right, else 0; of
+        numbers the distance, negative."""
         names = self.trainer.datamodule.label_names
         if self.kind == "number":
             found = [{"prediction": value} for value in logits_BL[:, 0].tolist()]
-            # There is no right and wrong: those that are far off count as errors.
-            far = (logits_BL[:, 0] - labels).abs()
-            right = (far <= far.median()).tolist() if len(far) else []
+            scores = (-(logits_BL[:, 0] - labels).abs()).tolist()
         elif self.kind == "several":
             shares_BL = logits_BL.sigmoid()
             chosen_BL = shares_BL > 0.5
@@ -153,21 +150,30 @@ class Classification(FineTune):
                 {"prediction": [name for name, is_chosen in zip(names, row, strict=True) if is_chosen]}
                 for row in chosen_BL.tolist()
             ]
-            right = (chosen_BL == labels.bool()).all(-1).tolist()
+            scores = (chosen_BL == labels.bool()).all(-1).float().tolist()
         else:
             shares_BL = logits_BL.softmax(-1)
             best_B = shares_BL.argmax(-1)
             found = [{"prediction": names[i]} for i in best_B.tolist()]
-            right = (best_B == labels).tolist()
-        for i, (row, is_right) in enumerate(zip(rows_B.tolist(), right, strict=True)):
-            found[i] |= {"row": row, "correct": is_right}
+            scores = (best_B == labels).float().tolist()
+        for i, (row, score) in enumerate(zip(rows_B.tolist(), scores, strict=True)):
+            found[i] |= {"row": row, "score": score}
             if self.kind != "number":
                 found[i]["probabilities"] = dict(zip(names, (round(x, 6) for x in shares_BL[i].tolist()), strict=True))
         return found
 
     def on_validation_epoch_end(self) -> None:
+        self._log_validation("val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_validation("test")
+
+    def _log_validation(self, stage: str) -> None:
         values = {"loss": self.validation_loss.compute()} | self.validation.compute()
         for name, value in values.items():
-            self.log(f"val/{name}", value.double(), rank_zero_only=False)
+            self.log(f"{stage}/{name}", value.double(), rank_zero_only=False)
         self.validation_loss.reset()
         self.validation.reset()

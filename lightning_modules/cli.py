@@ -196,13 +196,10 @@ class RecipeCLI(LightningCLI):
             # Without this the checkpoints would land in the folder of a logger.
             if self.subcommand == "fit" and isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        own = [Predictions()] if self.subcommand == "predict" else []
         if self.subcommand != "predict" and not issubclass(self.default_model, LanguageModule):
-            settings["callbacks"] = [
-                *(self._get(self.config_init, "trainer")["callbacks"] or []),
-                HeldOutPredictions(),
-            ]
-        if self.subcommand == "predict":
-            settings["callbacks"] = [*(self._get(self.config_init, "trainer")["callbacks"] or []), Predictions()]
+            own = [HeldOutPredictions()]
+        settings["callbacks"] = [*(self._get(self.config_init, "trainer")["callbacks"] or []), *own]
         trainer = super().instantiate_trainer(**settings)
         trainer.callbacks.sort(key=lambda callback: isinstance(callback, Recovery))  # it may leave: all others first
         return trainer

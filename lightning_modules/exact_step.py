@@ -211,10 +211,11 @@ class ExactStep(LightningModule):
         self._sums = None
         self.wishes_of_all = [float(wish) for wish in wishes] if self.trainer.world_size > 1 else self.wishes
         self.tokens = self.tokens + tokens.long()
-        self.step_loss = nats / count.clamp(min=1)
+        count = torch.where(count > 0, count, 1)  # class weights may sum to less than one
+        self.step_loss = nats / count
         # Lightning has divided by accumulate_grad_batches, DDP by the ranks, training_step by its constant.
         divided_by = self.trainer.accumulate_grad_batches * self.trainer.world_size * self._nominal
-        self._scale = divided_by / count.clamp(min=1)
+        self._scale = divided_by / count
         self.step_grad_norm = norm * self._scale
         self.step_is_finite = bool(torch.isfinite(nats) & (not_finite == 0))
 

@@ -1,6 +1,7 @@
 """What every task of fine-tuning shares: a pretrained network with the head of the task, whole or by an adapter."""
 
 import copy
+import os
 from abc import abstractmethod
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -9,13 +10,14 @@ import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import OptimizerCallable
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from lightning_modules.adapter import Adapter
 from lightning_modules.architectures import fit_config
-from lightning_modules.model_folder import find_folder
+from lightning_modules.model_folder import find_folder, is_language_model, max_positions
 from lightning_modules.optim import adamw
 from lightning_modules.scheduled_step import ScheduledStep
 from lightning_modules.schedules import Linear, Schedule
@@ -29,7 +31,8 @@ class FineTune(ScheduledStep):
 
     Args:
         from_: Flag --model.from: a run's folder, a model's folder or a Hub name; or new, for freshly initialised
-            weights of `architecture`. Left out: the newest run in runs/ whose model has the task's head, else new.
+            weights of `architecture`. Left out: the newest pretraining in runs/ whose architecture can have the
+            task's head, else new.
         architecture: A transformers config by name, with its fields, for new weights.
         adapter: Trains matrices of low rank beside the model's instead of the model.
         freeze_backbone: Trains the head alone.
@@ -84,6 +87,7 @@ class FineTune(ScheduledStep):
         if self.network is not None:
             return
         data = self.trainer.datamodule
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         fields = self.head_fields()
@@ -96,8 +100,7 @@ class FineTune(ScheduledStep):
             torch.manual_seed(self.seed)  # of new weights, and of the new head
             network = self._new(fields) if self.start is None else self._loaded(fields)
             self._require_fit(network)
-            if network.config.pad_token_id is None:
-                network.config.pad_token_id = data.pad_id
+            network.config.pad_token_id = data.pad_id  # by which a decoder finds the last token of a text
             if self.freeze_backbone:
                 network.base_model.requires_grad_(False)
             if self.adapter is not None:
@@ -117,6 +120,7 @@ class FineTune(ScheduledStep):
 
     def _new(self, fields: dict[str, object]) -> PreTrainedModel:
         data = self.trainer.datamodule
+        self._require_positions(getattr(self.architecture, "max_position_embeddings", None))
         fit_config(self.architecture, data.tokenizer, data.vocab_size, data.seq_len)
         for name, value in fields.items():
             setattr(self.architecture, name, value)
@@ -128,24 +132,35 @@ class FineTune(ScheduledStep):
         return self.auto_class.from_config(self.architecture)
 
     def _loaded(self, fields: dict[str, object]) -> PreTrainedModel:
+        settings = {"dtype": torch.float32, "output_loading_info": True}
         try:
             # A head of another number of labels is made anew.
-            return self.auto_class.from_pretrained(
-                self.start, dtype=torch.float32, ignore_mismatched_sizes=True, **fields
+            network, info = self.auto_class.from_pretrained(
+                self.start, ignore_mismatched_sizes=True, **settings, **fields
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"--model.from {self.start} has no {self.auto_class.__name__} ({reason})") from None
+            raise ValueError(f"--model.from {self.start} gives no {self.auto_class.__name__} ({reason})") from None
+        # The pooler, which pretraining does not have, belongs to the head.
+        prefix = f"{network.base_model_prefix}."
+        missing = [name for name in sorted(info["missing_keys"]) if name.startswith(prefix) and "pooler" not in name]
+        if missing:
+            lacking = f"{len(missing)} weights ({missing[0]}, …)"
+            raise ValueError(f"--model.from {self.start} lacks {lacking}; pass a whole one")
+        return network
 
     def _require_fit(self, network: PreTrainedModel) -> None:
-        data, config = self.trainer.datamodule, network.config
+        data = self.trainer.datamodule
         ids = network.get_input_embeddings().num_embeddings
         if data.vocab_size > ids:
             raise ValueError(
                 f"the tokenizer has {data.vocab_size:,} ids and the model {ids:,}: they do not belong together; leave "
                 "--data.tokenizer out for the model's own"
             )
-        positions = getattr(config, "max_position_embeddings", None)
+        self._require_positions(max_positions(network))
+
+    def _require_positions(self, positions: int | None) -> None:
+        data = self.trainer.datamodule
         if positions is not None and data.seq_len > positions:
             raise ValueError(
                 f"an example has {data.seq_len:,} tokens, and the model {positions:,} positions; pass "
@@ -216,7 +231,8 @@ def starting_folder(asked: str | None, auto_class: type) -> str | None:
     if asked is not None:
         return find_folder(asked)
     runs = sorted(Path("runs").glob("*/model/config.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in runs:
-        if type(AutoConfig.from_pretrained(file.parent)) in auto_class._model_mapping:
-            return str(file.parent)
+    for folder in (file.parent for file in runs):
+        # Of pretraining alone: or the second of two equal runs would begin with the end of the first.
+        if is_language_model(folder) and type(AutoConfig.from_pretrained(folder)) in auto_class._model_mapping:
+            return str(folder)
     return None

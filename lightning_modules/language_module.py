@@ -165,6 +165,8 @@ class LanguageModule(ScheduledStep):
         checkpoint["architecture"] = comparable(self.architecture)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if "architecture" not in checkpoint:
+            raise ValueError("the checkpoint is of another recipe; resume it with the script that made it")
         there, here = checkpoint["architecture"], comparable(self.architecture)
         for name in sorted(there.keys() | here.keys()):
             if there.get(name) != here.get(name):

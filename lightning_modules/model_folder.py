@@ -37,14 +37,18 @@ class LoadedModel:
 
     @property
     def max_positions(self) -> int | None:
-        """Tokens that the model can read at once; None: any number."""
-        # Not every architecture has the field: T5's positions are relative, an LSTM has none.
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        for module in self.model.modules():
-            # RoBERTa and its like leave the rows up to the padding's unused.
-            if isinstance(module, nn.Embedding) and module.num_embeddings == limit and module.padding_idx is not None:
-                return limit - module.padding_idx - 1
-        return limit
+        return max_positions(self.model)
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that a model can read at once; None: any number."""
+    # Not every architecture has the field: T5's positions are relative, an LSTM has none.
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for module in model.modules():
+        # RoBERTa and its like leave the rows up to the padding's unused.
+        if isinstance(module, nn.Embedding) and module.num_embeddings == limit and module.padding_idx is not None:
+            return limit - module.padding_idx - 1
+    return limit
 
 
 def load(
@@ -108,6 +112,15 @@ def model_kind(folder: str, config: PreTrainedConfig) -> Kind:
     if architecture.endswith("ForMaskedLM") or architecture in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         return "masked"
     raise ValueError(f"{folder} holds {architecture}, which has no language-model head; pass a causal or masked LM")
+
+
+def is_language_model(folder: Path) -> bool:
+    """Whether a folder's config says so: not one that is damaged, nor one with another head."""
+    try:
+        model_kind(str(folder), AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def load_tokenizer(

@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from transformers import (
 
 from datamodules.labelled import Labelled
 from datamodules.tokenization import bpe_tokenizer
+from lightning_modules.finetune import starting_folder
 from tests.faults import command, kill_group, signal_at, state
 
 ROOT = Path(__file__).parents[1]
@@ -50,31 +52,30 @@ def reviews(tmp_path_factory) -> Path:
     return folder
 
 
+def pretrained(folder: Path, objective: str) -> Path:
+    """A folder with a small language model and its tokenizer, as pretraining leaves it."""
+    texts = [text for text, _ in sentences(200)]
+    tokenizer = bpe_tokenizer(texts, sum(map(len, texts)), 400, objective)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small |= {"vocab_size": len(tokenizer), "initializer_range": 0.2}  # weights as large as trained ones
+    torch.manual_seed(0)
+    if objective == "masked":
+        network = BertForMaskedLM(BertConfig(pad_token_id=tokenizer.pad_token_id, **small))
+    else:
+        network = LlamaForCausalLM(LlamaConfig(**small))
+    for part in (network, tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory) -> Path:
-    """A folder with a small masked language model and its tokenizer, as pretraining leaves it."""
-    texts = [text for text, _ in sentences(200)]
-    tokenizer = bpe_tokenizer(texts, sum(map(len, texts)), 400, "masked")
-    folder = tmp_path_factory.mktemp("encoder")
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    small |= {"initializer_range": 0.2}  # weights as large as trained ones
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **small)
-    BertForMaskedLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return pretrained(tmp_path_factory.mktemp("encoder"), "masked")
 
 
 @pytest.fixture(scope="session")
 def decoder(tmp_path_factory) -> Path:
-    texts = [text for text, _ in sentences(200)]
-    tokenizer = bpe_tokenizer(texts, sum(map(len, texts)), 400, "causal")
-    folder = tmp_path_factory.mktemp("decoder")
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **small)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return pretrained(tmp_path_factory.mktemp("decoder"), "causal")
 
 
 def flags_of(folder: Path, reviews: Path, model: Path, **flags: object) -> list[str]:
@@ -129,8 +130,8 @@ def test_a_run_learns_what_a_good_review_is_and_its_folder_says_it_in_a_plain_pi
     assert right > 50
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 81 and [line["row"] for line in lines] == list(range(81))
-    assert sum(line["correct"] for line in lines) / 81 == pytest.approx(summary["val_accuracy"], abs=1e-6)
-    assert all(line["correct"] == (line["prediction"] == line["label"]) for line in lines)
+    assert sum(line["score"] for line in lines) / 81 == pytest.approx(summary["val_accuracy"], abs=1e-6)
+    assert all(line["score"] == (line["prediction"] == line["label"]) for line in lines)
 
 
 def test_without_any_model_or_text_new_weights_learn_functions_of_the_standard_library(tmp_path, monkeypatch):
@@ -150,6 +151,11 @@ def test_without_from_the_newest_run_with_such_a_head_is_taken(encoder, reviews,
     monkeypatch.chdir(tmp_path)
     fit(tmp_path / "out", reviews, None, **{"trainer.max_steps": 2, "trainer.val_check_interval": 2})
     assert "from      runs/mine/model" in capsys.readouterr().out
+    # What fine-tuning left is newer, and no beginning: the same command is the same run.
+    (tmp_path / "runs" / "tuned").symlink_to(tmp_path / "out")
+    (tmp_path / "runs" / "broken" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "broken" / "model" / "config.json").write_text("{")
+    assert starting_folder(None, AutoModelForSequenceClassification) == "runs/mine/model"
     config = (tmp_path / "out" / "config.yaml").read_text()
     assert "from: null" in config and "from_:" not in config
 
@@ -240,11 +246,29 @@ def test_the_loss_is_the_mean_of_cross_entropies_and_padding_changes_nothing(enc
 def test_class_weights_weigh_as_torch_has_it(encoder, reviews):
     module, batch = network_of(encoder, reviews, class_weights={"good": 3.0}, label_smoothing=0.1)
     assert module.trainer.datamodule.label_names == ["bad", "good"]
-    _, nats, count = module.loss(batch)
     logits = module.logits(batch)
     weights = torch.tensor([1.0, 3.0])
     expected = F.cross_entropy(logits, batch["labels"], weights, label_smoothing=0.1)
-    torch.testing.assert_close(nats / count, expected.detach())
+    objective, nats, count = module.loss(batch)
+    torch.testing.assert_close(objective / count, expected)
+    torch.testing.assert_close(nats / count, F.cross_entropy(logits, batch["labels"], weights).detach())
+
+
+def test_weights_of_classes_are_ratios(encoder, reviews, tmp_path):
+    """Also where those of a step sum to less than one."""
+    short = {"trainer.max_epochs": 1, "model.dropout": 0.0}
+    plain = fit(tmp_path / "plain", reviews, encoder, **short)
+    small = fit(tmp_path / "small", reviews, encoder, **short, **{"model.class_weights": '{"good": 0.01, "bad": 0.01}'})
+    assert small["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-4)
+
+
+def test_another_seed_is_another_head(encoder, reviews, tmp_path):
+    short = {"trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    losses = [
+        fit(tmp_path / name, reviews, encoder, **short, seed_everything=seed)["val_loss"]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    assert losses[0] == losses[1] != losses[2]
 
 
 PAIR = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 8, "trainer.val_check_interval": 20}
@@ -268,7 +292,7 @@ def as_command(folder: Path, flags: list[str], *more: str) -> int:
 
 
 def test_two_ranks_are_two_micro_batches_and_a_terminated_run_goes_on_as_either(encoder, reviews, tmp_path):
-    states = {}
+    states, validations = {}, {}
     for name, ranks, then in (("one", ONE, None), ("two", PAIR, None), ("both", PAIR, ONE)):
         folder = tmp_path / name
         folder.mkdir()
@@ -277,7 +301,13 @@ def test_two_ranks_are_two_micro_batches_and_a_terminated_run_goes_on_as_either(
         if then:
             assert as_command(folder, flags_of(folder, reviews, encoder, **EXACT, **then)) == 0
         states[name] = state(folder)
+        summary = json.loads((folder / "summary.json").read_text())
+        validations[name] = [summary[f"val_{figure}"] for figure in ("loss", "accuracy", "f1_macro", "mcc")]
+        lines = (folder / "predictions.jsonl").read_text().splitlines()
+        assert [json.loads(line)["row"] for line in lines] == list(range(81))
     assert len(set(states.values())) == 1
+    assert validations["one"] == pytest.approx(validations["two"], rel=1e-6)
+    assert validations["one"] == pytest.approx(validations["both"], rel=1e-6)
 
 
 def test_a_checkpoint_of_other_labels_is_refused(encoder, reviews, tmp_path, capsys):
@@ -298,10 +328,61 @@ def test_a_checkpoint_of_other_labels_is_refused(encoder, reviews, tmp_path, cap
         ({"model.class_weights": '{"fine": 2}'}, "--model.class_weights names 'fine'; the labels are bad, good"),
         ({"model.adapter.target_modules": '["nothing"]'}, "--model.adapter does not fit BertForSequenceClassification"),
         ({"model.adapter.rank": 0}, "--model.adapter.rank is 0"),
+        ({"model.from": "no-such-model"}, "the tokenizer of --model.from no-such-model is none of"),
+        ({"data.max_length": 600, "data.path": "LONG"}, "and the model 512 positions; pass --data.max_length 512"),
     ],
 )
 def test_a_mistake_is_one_line(flags, told, encoder, reviews, tmp_path, capsys):
+    if flags.get("data.path") == "LONG":
+        (tmp_path / "long.csv").write_text("text,label\n" + "film " * 900 + ",good\nfilm,bad\n")
+        flags = flags | {"data.path": tmp_path / "long.csv"}
     assert told in refused(capsys, *flags_of(tmp_path, reviews, encoder, **flags))
+
+
+def test_weights_that_are_damaged_or_not_all_there_are_told(encoder, reviews, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(encoder, broken)
+    weights = load_file(encoder / "model.safetensors")
+    first = next(name for name in weights if "layer.1" in name)
+    save_file({n: w for n, w in weights.items() if n != first}, broken / "model.safetensors", {"format": "pt"})
+    assert f"lacks 1 weights ({first}" in refused(capsys, *flags_of(tmp_path / "a", reviews, broken))
+    (broken / "model.safetensors").write_bytes((encoder / "model.safetensors").read_bytes()[:-100])
+    assert f"--model.from {broken} gives no" in refused(capsys, *flags_of(tmp_path / "b", reviews, broken))
+
+
+def test_validate_and_test_find_what_the_run_found_and_predict_writes_each_example(
+    encoder, reviews, tmp_path, monkeypatch, capsys
+):
+    summary = fit(tmp_path, reviews, encoder, **{"trainer.max_epochs": 1, "trainer.val_check_interval": 1.0})
+    monkeypatch.chdir(tmp_path)
+    model = [
+        f"--model.from={encoder}",
+        f"--data.path={reviews / 'train.csv'}",
+        f"--data.val_path={reviews / 'val.csv'}",
+    ]
+    model += ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--ckpt_path", "checkpoints/last.ckpt"]
+    for verb in ("validate", "test"):
+        capsys.readouterr()
+        run(verb, *model)
+        assert f"{summary['val_accuracy']:.10f}"[:8] in capsys.readouterr().out
+    run("predict", *model)
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(81)) and set(lines[0]["probabilities"]) == {"good", "bad"}
+
+
+def test_a_checkpoint_of_another_recipe_is_told(encoder, reviews, corpus, tmp_path, capsys):
+    from tests.test_recipes import run as pretrain
+
+    fit(tmp_path, reviews, encoder, **{"trainer.max_steps": 2, "trainer.val_check_interval": 2})
+    with pytest.raises(SystemExit) as stop:
+        pretrain(
+            "fit",
+            **{"data.path": corpus, "data.tokenizer": "bytes", "ckpt_path": tmp_path / "checkpoints" / "last.ckpt"},
+        )
+    assert stop.value.code == 2
+    assert "the checkpoint is of another recipe" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_numbers_are_learnt_by_squared_error_and_judged_by_correlation(encoder, tmp_path, capsys):
@@ -315,7 +396,9 @@ def test_numbers_are_learnt_by_squared_error_and_judged_by_correlation(encoder, 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["val_pearson"] > 0.3 and summary["val_mse"] == pytest.approx(summary["val_loss"], rel=1e-4)
     lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
-    assert all(isinstance(line["prediction"], float) for line in lines)
+    assert all(
+        line["score"] == pytest.approx(-abs(line["prediction"] - float(line["label"])), abs=1e-5) for line in lines
+    )
 
 
 def test_several_labels_are_each_a_question_of_its_own(encoder, tmp_path):

@@ -91,6 +91,7 @@ def test_several_labels_and_numbers_are_told_from_one(read):
     numbers = read("b.csv", lines(",", ("text", "score"), ("the good film", 4.5), ("a bad film", 1)))
     assert numbers.kind == "number" and numbers.store.train["labels"].tolist() == [4.5, 1.0]
     split = read("c.csv", 'text,label\nfilm,"x;y"\nbad,y\n', label_kind="several", label_separator=";")
+    assert split.plan()["columns"] == "text from 'text', label from 'label'"
     assert split.label_names == ["x", "y"] and split.store.train["labels"].tolist() == [[1, 1], [0, 1]]
 
 
@@ -128,6 +129,9 @@ def test_an_example_and_its_copy_stand_on_one_side(read):
             "has no column that is called like a text; pass --data.text_column, one of: words, label",
         ),
         ("text,topic\nfilm,x\n", "has no column that is called like a label; pass --data.label_column"),
+        ("text,label\n", "has no example to train on"),
+        ("text,label\nfilm,x\n  ,y\n", ":2: 'text' is empty"),
+        ("text,label\nfilm,x\ngood, \n", ":2: 'label' is empty"),
         ("text,label\nfilm\n", ":1: 1 fields where the header has 2"),
     ],
 )
@@ -135,6 +139,29 @@ def test_a_mistake_is_told_with_its_place(content, told, read):
     with pytest.raises(ValueError, match=r"a\.csv") as error:
         read("a.csv", content)
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "val", "told"),
+    [
+        ("a.csv", "text,score\na,1.5\nb,2\n", "text,score\na,x\n", ":1: label 'x' is no number"),
+        ("a.csv", "text,label\na,x\nb,y\n", "text,label\n", "val.csv has no example to hold out"),
+        ("a.jsonl", '{"text": "a", "label": NaN}\n{"text": "b", "label": 1}\n', None, ":1: 'label' is nan"),
+        ("a.txt", "good film\nbad film\n", None, "has no rows with columns; pass .jsonl, .json, .csv"),
+        ("a.csv", "text,label\na,x\nb,y\n", "text,label\na,z\n", ":1: label 'z' is in no training example"),
+    ],
+)
+def test_what_cannot_be_learnt_from_is_told(name, train, val, told, read, tmp_path):
+    settings = {}
+    if val is not None:
+        (tmp_path / "val.csv").write_text(val)
+        settings["val_path"] = str(tmp_path / "val.csv")
+    with pytest.raises(ValueError) as error:
+        read(name, train, **settings)
+    assert told in str(error.value) and "\n" not in str(error.value)
+    if "'z'" in told:  # and where such rows are left out, none is left
+        with pytest.raises(ValueError, match="has no example to hold out"):
+            read(name, train, on_bad_row="skip", **settings)
 
 
 def test_an_unknown_label_of_the_held_out_examples_is_told_or_left_out(read, tmp_path):
@@ -165,6 +192,7 @@ def test_every_example_is_seen_once_an_epoch_and_held_out_once_in_all(read):
 
 def test_a_damaged_store_is_made_again(read, tmp_path):
     first = read("a.csv", FORMATS["a.csv"])
+    assert first.plan()["columns"] == "text from 'Review', label from 'Sentiment'"
     file = first.store.folder / "train.input_ids.npy"
     file.write_bytes(file.read_bytes()[:-8])
     again = read("a.csv", FORMATS["a.csv"])

@@ -1,7 +1,7 @@
 """`make torture`: runs that are hurt at random moments, again and again, and what came of them as a table.
 
 Run:
-    python -m tests.torture                                 everything, once, about 15 minutes on 2 cores
+    python -m tests.torture                                 everything, once, about 25 minutes on 2 cores
     python -m tests.torture --only R1 K2 --times 50
     python -m tests.torture --soak_minutes 60               and faults every half minute for an hour
     python -m tests.torture --seed 1234                     the same moments again

@@ -56,8 +56,8 @@ class HeldOutPredictions(Callback):
         examples = trainer.datamodule.store.records("val")
         lines = [{"row": row} | examples[row] | found[row] for row in sorted(found)]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (Path(trainer.default_root_dir) / "predictions.jsonl").write_text(redacted(text))
-        errors_first = sorted(lines, key=lambda line: (line["correct"], line["row"]))[:SHOWN]
+        (Path(trainer.default_root_dir) / "predictions.jsonl").write_text(text)  # the user's own examples, as they are
+        errors_first = sorted(lines, key=lambda line: (line["score"], line["row"]))[:SHOWN]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and errors_first:
                 columns = [column for column in errors_first[0] if column != "probabilities"]
