@@ -13,7 +13,7 @@ import numpy as np
 from datamodules.cache_folders import written_whole
 from datamodules.token_store import checksum
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "val")
 
 
