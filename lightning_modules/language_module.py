@@ -1,10 +1,11 @@
 """What every objective shares: the network, a loss that is exact in tokens, optimizer, schedule, validation.
 
-Shape suffixes: B rows, T tokens of a row, N tokens with a label, C width, V vocabulary.
+Shape suffixes: B rows, T tokens of a row.
 """
 
 import json
 import os
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -12,14 +13,15 @@ from jsonargparse import lazy_instance
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from lightning_modules.architectures import HeadInput, build, find_head_loss, fit_config
-from lightning_modules.losses import IGNORED, HeadLoss, cross_entropy, linear_cross_entropy
+from lightning_modules.architectures import build, fit_config
+from lightning_modules.losses import IGNORED
 from lightning_modules.metrics import LanguageModelLoss
 from lightning_modules.optim import adamw
 from lightning_modules.scheduled_step import ScheduledStep
 from lightning_modules.schedules import Cosine, Schedule
+from lightning_modules.token_loss import TokenLoss
 
 
 class LanguageModule(ScheduledStep):
@@ -57,7 +59,6 @@ class LanguageModule(ScheduledStep):
         self.architecture = architecture
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
-        self.head_loss: HeadLoss | None = None
         self.validation = LanguageModelLoss()
 
     # The network
@@ -70,32 +71,23 @@ class LanguageModule(ScheduledStep):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         network = build(self.architecture, self.auto_class, self.seed).train()
         self.token_bytes = data.token_bytes
-        self.tap = HeadInput(network)
-        rule = find_head_loss(network, self.tap)
-        if rule is not None:
-            self.head_loss = rule._replace(label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+        self.token_loss = TokenLoss(network, self.label_smoothing, self.z_loss, self.keep_only_labels)
         self.make_fast(network)
         self.network = network
 
     # The loss
 
     def loss(self, batch: dict[str, Tensor], divisor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = network_inputs(batch, self.objective, self.architecture) | self.decoder_inputs(batch)
-        labels_N = batch["labels"].flatten()
-        count = (labels_N != IGNORED).sum()
-        if self.head_loss is None:
-            head = HeadLoss(label_smoothing=self.label_smoothing, z_loss=self.z_loss)
-            logits_NV = self.network(**inputs, use_cache=False).logits.flatten(0, 1)
-            return *cross_entropy(logits_NV, labels_N, head=head, divisor=divisor), count
-        with self.tap.tapped() as tap:
-            self.network(**inputs, use_cache=False)
-        # Not kept: what hangs on it would stay in memory until the next forward pass.
-        hidden_NC, tap.hidden = tap.hidden.flatten(0, 1), None
-        if self.keep_only_labels:
-            keep_N = labels_N != IGNORED
-            hidden_NC, labels_N = hidden_NC[keep_N], labels_N[keep_N]
-        weight, bias = tap.head.weight, tap.head.bias
-        return *linear_cross_entropy(hidden_NC, weight, labels_N, bias, head=self.head_loss, divisor=divisor), count
+        return self.token_loss(partial(self.network, **self.inputs(batch)), batch["labels"], divisor)
+
+    def logits(self, batch: dict[str, Tensor], network: PreTrainedModel | None = None) -> Tensor:
+        """(B, T, V) float32; of another network than the module's own, if one is given."""
+        return (network or self.network)(**self.inputs(batch)).logits.float()
+
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor | dict]:
+        """What the network reads of a batch."""
+        of_batch = network_inputs(batch, self.objective, self.architecture)
+        return of_batch | self.decoder_inputs(batch) | {"use_cache": False}
 
     def decoder_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {}

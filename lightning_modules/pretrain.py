@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from lightning_modules.language_module import LanguageModule
-from lightning_modules.losses import IGNORED
+from lightning_modules.token_loss import shifted_right
 
 
 class CausalLM(LanguageModule):
@@ -45,11 +45,8 @@ class SpanDenoising(LanguageModule):
     auto_class = AutoModelForSeq2SeqLM
 
     def decoder_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        start = self.network.config.decoder_start_token_id
-        labels_BU = batch["labels"]
-        shifted_BU = labels_BU.new_full(labels_BU.shape, start)
-        shifted_BU[:, 1:] = labels_BU[:, :-1]
-        return {"decoder_input_ids": shifted_BU.masked_fill_(shifted_BU == IGNORED, self.network.config.eos_token_id)}
+        config = self.network.config
+        return {"decoder_input_ids": shifted_right(batch["labels"], config.decoder_start_token_id, config.eos_token_id)}
 
     def sample(self, tokenizer, prompt: str, max_new_tokens: int, temperature: float) -> str:
         """The prompt with its middle third cut out, and what the model puts there, in ⟦brackets⟧."""

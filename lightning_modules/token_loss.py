@@ -1,0 +1,57 @@
+"""The loss of a language model's labels: by the fused head where the network's head is one matrix product.
+
+Shape suffixes: B rows, T positions with a label or IGNORED, U labels of a decoder, N tokens, C width, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from lightning_modules.architectures import HeadInput, find_head_loss
+from lightning_modules.losses import IGNORED, HeadLoss, cross_entropy, linear_cross_entropy
+
+
+def shifted_right(labels_BU: Tensor, start: int, filling: int) -> Tensor:
+    """(B, U): what a decoder reads where it has to write the labels; IGNORED becomes `filling`."""
+    shifted_BU = labels_BU.new_full(labels_BU.shape, start)
+    shifted_BU[:, 1:] = labels_BU[:, :-1]
+    return shifted_BU.masked_fill_(shifted_BU == IGNORED, filling)
+
+
+class TokenLoss:
+    """Made once for a network; `keep_only_labels` leaves out positions without a label before the head, which pays
+    where most carry none."""
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        keep_only_labels: bool = False,
+    ):
+        self.tap = HeadInput(network)
+        rule = find_head_loss(network, self.tap)
+        self.is_fused = rule is not None
+        self.head = (rule or HeadLoss())._replace(label_smoothing=label_smoothing, z_loss=z_loss)
+        self.keep_only_labels = keep_only_labels
+
+    def __call__(
+        self, forward: Callable[[], ModelOutput], labels_BT: Tensor, divisor: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(objective / divisor, sum of nats, number of labels) of what the network makes in `forward()`."""
+        labels_N = labels_BT.flatten()
+        keep_N = labels_N != IGNORED
+        if not self.is_fused:
+            logits_NV = forward().logits.flatten(0, 1)
+            return *cross_entropy(logits_NV, labels_N, head=self.head, divisor=divisor), keep_N.sum()
+        with self.tap.tapped() as tap:
+            forward()
+        # Not kept: what hangs on it would stay in memory until the next forward pass.
+        hidden_NC, tap.hidden = tap.hidden.flatten(0, 1), None
+        count = keep_N.sum()
+        if self.keep_only_labels:
+            hidden_NC, labels_N = hidden_NC[keep_N], labels_N[keep_N]
+        weight, bias = tap.head.weight, tap.head.bias
+        return *linear_cross_entropy(hidden_NC, weight, labels_N, bias, head=self.head, divisor=divisor), count
