@@ -32,6 +32,13 @@ class Batch(TypedDict):
     """(B, T) int64, only where attention stops at document borders: positions that restart at each document."""
     attention_mask: NotRequired[Tensor]
     """(B, T) int64, only where rows are padded: 1 for tokens, 0 for padding."""
+    prompt_lengths: NotRequired[Tensor]
+    """(B,) int64, only of examples with an answer: the tokens of `input_ids` that stand before it."""
+    label_bytes: NotRequired[Tensor]
+    """(B,) int64, only of examples with an answer: UTF-8 bytes of the text that the labels stand for."""
+    contexts: NotRequired[Tensor]
+    """(B, 2) int64, only of questions to a text: where the text begins in `input_ids`, and where it has ended. Their
+    labels are (B, 2) int64: the first and the last token of the answer, twice 0 where there is none."""
     token_type_ids: NotRequired[Tensor]
     """(B, T) int64, only of encoders that tell the second text of a pair by it."""
 

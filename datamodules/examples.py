@@ -30,11 +30,14 @@ class Examples(Ordered, ABC):
 
     objective: str
     """Of the modules that train on it."""
+    new_vocab_size = 4096
+    """Ids of a tokenizer that is made of these texts."""
 
     def __init__(
         self,
         path: str | list[str] | None,
         val_path: str | list[str] | None,
+        predict_path: str | list[str] | None,
         val_fraction: float,
         tokenizer: str | None,
         max_length: int,
@@ -53,7 +56,7 @@ class Examples(Ordered, ABC):
                 raise ValueError(f"--data.{name} is {value}; it must be 1 or more")
         if not 0 < val_fraction < 1:
             raise ValueError(f"--data.val_fraction is {val_fraction}; it must lie between 0 and 1, both excluded")
-        self.path, self.val_path, self.val_fraction = path, val_path, val_fraction
+        self.path, self.val_path, self.predict_path, self.val_fraction = path, val_path, predict_path, val_fraction
         self.tokenizer_name = tokenizer
         self.max_length = max_length
         self.batch_size, self.val_batch_size = batch_size, val_batch_size
@@ -63,6 +66,11 @@ class Examples(Ordered, ABC):
         self.seed = seed
         self.allow_changed_data = allow_changed_data
         self.store: ExampleStore | None = None
+        self.asked: list[Record] = []
+        """What validation or prediction goes through, as it was before it became numbers."""
+        self.asked_fields: Fields = {}
+        self.has_answers = True
+        """Whether it is known what is right; not of the files of --data.predict_path."""
 
     # What a subclass says
 
@@ -74,9 +82,14 @@ class Examples(Ordered, ABC):
     def builtin(self) -> Iterator[Record]:
         """Examples from this machine's standard library."""
 
+    def files(self, path: str | list[str], flag: str) -> list[Path]:
+        """Those that a flag names."""
+        return find_files(_listed(path), flag)
+
     @abstractmethod
-    def read(self, files: list[Path], bad_rows: BadRows) -> list[Numbered]:
-        """The examples of files, by the names that `builtin` gives their values; checked one by one."""
+    def read(self, files: list[Path], bad_rows: BadRows, answered: bool = True) -> list[Numbered]:
+        """The examples of files, by the names that `builtin` gives their values; checked one by one. Where they are
+        not answered, what is right is missing."""
 
     @abstractmethod
     def key(self, record: Record) -> str:
@@ -88,12 +101,27 @@ class Examples(Ordered, ABC):
         lists. One of the arrays is Ragged: `input_ids`."""
 
     @abstractmethod
+    def encode_asked(self, rows: list[Record]) -> Fields:
+        """The arrays of examples that are not answered."""
+
+    @abstractmethod
     def texts(self, record: Record) -> str:
         """The text of an example, to train a tokenizer on."""
 
     @abstractmethod
     def collate(self, fields: Fields, numbers_B: np.ndarray, examples_B: np.ndarray) -> Batch:
         """A batch; example -1 is one without labels."""
+
+    def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """What a subclass asks of a tokenizer, or adds to it."""
+
+    def costs(self, fields: Fields) -> np.ndarray:
+        """(N,) by which examples of about the same are put beside each other."""
+        return fields["input_ids"].lengths
+
+    @abstractmethod
+    def shown(self, example: int) -> list[tuple[str, bool]]:
+        """An example of training as the model reads it, in pieces, and whether a piece is what it has to learn."""
 
     @abstractmethod
     def plan(self) -> dict[str, str]:
@@ -112,19 +140,29 @@ class Examples(Ordered, ABC):
         self.lengths = self.store.train["input_ids"].lengths
         self.rows_per_epoch = len(self.lengths)
         self.tokens_per_row = float(self.lengths.mean())
-        self.seq_len = int(max(self.lengths.max(), self.store.val["input_ids"].lengths.max()))
+        if stage == "predict" and self.predict_path:
+            bad_rows = BadRows(self.on_bad_row == "skip")
+            found = self.read(self.files(self.predict_path, "--data.predict_path"), bad_rows, answered=False)
+            if not found:
+                raise ValueError(f"{self.predict_path} has no example; pass others by --data.predict_path")
+            self.asked, self.has_answers = [record for _, record in found], False
+            self.asked_fields = self.encode_asked(self.asked)
+        else:
+            self.asked, self.asked_fields = self.store.records("val"), self.store.val
+        self.seq_len = int(max(self.lengths.max(), self.asked_fields["input_ids"].lengths.max()))
 
     def _open(self, build: bool) -> None:
         hashes = ContentHashes(self.cache_dir / "file_hashes.json")
-        train_files = None if self.path is None else find_files(_listed(self.path), "--data.path")
-        val_files = find_files(_listed(self.val_path), "--data.val_path") if self.val_path else []
+        train_files = None if self.path is None else self.files(self.path, "--data.path")
+        val_files = self.files(self.val_path, "--data.val_path") if self.val_path else []
         read = standard_library() if train_files is None else train_files
         digests = [[hashes(file) for file in files] for files in (read, val_files)]
         hashes.save()
         content = [FORMAT_VERSION, type(self).__name__, digests, self.val_fraction, self.on_bad_row, self.settings()]
         examples = partial(self._splits, train_files, val_files, BadRows(self.on_bad_row == "skip"))
         self.tokenizer = self._tokenizer(content, examples)
-        content += [fingerprint(self.tokenizer), self.max_length]
+        self.prepare_tokenizer(self.tokenizer)
+        content += [fingerprint(self.tokenizer), self.tokenizer.chat_template, self.max_length]
         self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         folder = self.cache_dir / "examples" / self.digest
         self.store = open_examples(folder)
@@ -156,7 +194,7 @@ class Examples(Ordered, ABC):
 
         def trained() -> PreTrainedTokenizerBase:
             texts = [self.texts(record) for _, record in examples()[0]]
-            return bpe_tokenizer(texts, sum(map(len, texts)), 4096, "masked")
+            return bpe_tokenizer(texts, sum(map(len, texts)), self.new_vocab_size, "masked")
 
         return remembered(self.cache_dir / "tokenizers" / key, trained)
 
@@ -196,13 +234,13 @@ class Examples(Ordered, ABC):
     # Batches
 
     def train_dataloader(self) -> Loader:
-        order = self.training_order(ByLength(self.lengths, self.seed))
+        order = self.training_order(ByLength(self.costs(self.store.train), self.seed))
         return row_loader(_Split(self, self.store.train), order, self.num_workers)
 
     def val_dataloader(self) -> Loader:
-        by_length = np.argsort(self.store.val["input_ids"].lengths, kind="stable")
+        by_length = np.argsort(self.costs(self.asked_fields), kind="stable")
         order = HeldOutOrder(by_length, self.val_batch_size or self.batch_size, *self.rank_and_ranks)
-        return row_loader(_Split(self, self.store.val), order, self.num_workers)
+        return row_loader(_Split(self, self.asked_fields), order, self.num_workers)
 
     def test_dataloader(self) -> Loader:
         return self.val_dataloader()

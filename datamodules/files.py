@@ -25,6 +25,8 @@ class BadRows:
         self.skip = skip
         self.skipped: Counter[str] = Counter()
         self.empty = 0
+        self.notes: Counter[str] = Counter()
+        """What a reader mended or left out by a rule of its own, counted by name."""
 
     def add(self, file: str, message: str) -> None:
         if not self.skip:

@@ -9,11 +9,12 @@ import numpy as np
 from torch import from_numpy
 
 from datamodules.base import IGNORED, Batch
+from datamodules.columns import Column, find_columns
 from datamodules.example_store import Fields, Ragged
 from datamodules.examples import Examples, Numbered
-from datamodules.files import BadRows, text_format
+from datamodules.files import BadRows
 from datamodules.library_functions import by_package
-from datamodules.records import Record, fault_of, first_fields, missing, records
+from datamodules.records import Record, fault_of, records
 from datamodules.tokenization import document_start
 
 TEXT_NAMES = ("text", "sentence", "sentence1", "premise", "question1", "text_a", "review", "content", "document")
@@ -28,6 +29,7 @@ class Labelled(Examples):
     Args:
         path: Files, folders or globs. Left out: functions of the Python standard library, labelled by their package.
         val_path: Held-out examples, like `path`. Left out: a part of `path`.
+        predict_path: Examples for `predict`, like `path` without labels.
         val_fraction: Share of the examples to hold out, by a hash of their text.
         text_column: Column of the text, by name, or by number where there is no header. Left out: found by its name.
         pair_column: Column of a second text. Left out: found by its name, if there is one.
@@ -52,6 +54,7 @@ class Labelled(Examples):
         self,
         path: str | list[str] | None = None,
         val_path: str | list[str] | None = None,
+        predict_path: str | list[str] | None = None,
         val_fraction: float = 0.1,
         text_column: str | None = None,
         pair_column: str | None = None,
@@ -69,18 +72,20 @@ class Labelled(Examples):
         allow_changed_data: bool = False,
     ):
         shared = (tokenizer, max_length, batch_size, val_batch_size, num_workers, on_bad_row, cache_dir, seed)
-        super().__init__(path, val_path, val_fraction, *shared, allow_changed_data)
+        super().__init__(path, val_path, predict_path, val_fraction, *shared, allow_changed_data)
         self.text_column, self.pair_column, self.label_column = text_column, pair_column, label_column
         self.asked_kind, self.label_separator = label_kind, label_separator
         self.columns: dict[str, str] = {}
         """Of text, pair and label, as they were found in the first file."""
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        about = self.store.about
-        self.kind: Kind = about["kind"]
-        self.label_names: list[str] = about["labels"]
+    @property
+    def kind(self) -> Kind:
+        return self.store.about["kind"]
+
+    @property
+    def label_names(self) -> list[str]:
         """By their numbers; of numbers to predict the one name "score"."""
+        return self.store.about["labels"]
 
     # Rows
 
@@ -91,12 +96,12 @@ class Labelled(Examples):
     def builtin(self) -> Iterator[Record]:
         return ({"text": source, "label": package} for source, package in by_package())
 
-    def read(self, files: list[Path], bad_rows: BadRows) -> list[Numbered]:
+    def read(self, files: list[Path], bad_rows: BadRows, answered: bool = True) -> list[Numbered]:
         """As in `self.columns`, by what it is."""
-        return [example for file in files for example in self._read(file, bad_rows)]
+        return [example for file in files for example in self._read(file, bad_rows, answered)]
 
-    def _read(self, file: Path, bad_rows: BadRows) -> Iterator[Numbered]:
-        header, columns = self._columns(file)
+    def _read(self, file: Path, bad_rows: BadRows, answered: bool) -> Iterator[Numbered]:
+        header, columns = self._columns(file, answered)
         self.columns = self.columns or columns
         for number, row in records(file, bad_rows, list(columns.values()), "label_column", header):
             place = f"{file}:{number}"
@@ -119,36 +124,18 @@ class Labelled(Examples):
             return f"is {value}"
         return None
 
-    def _columns(self, file: Path) -> tuple[bool, dict[str, str]]:
-        """Whether a file has a header, and the columns of text, pair and label."""
-        chosen = {"text": self.text_column, "pair": self.pair_column, "label": self.label_column}
-        is_table = text_format(file) in (".csv", ".tsv")
-        names = first_fields(file) if is_table else _names(file)
-        asked = [column for column in chosen.values() if column is not None]
-        usual = {"text": TEXT_NAMES, "pair": PAIR_NAMES, "label": LABEL_NAMES}
-        lowered = {name.lower(): name for name in names}
-        known = any(name in lowered for kind in usual.values() for name in kind)
-        by_number = all(column.isdigit() and column not in names for column in asked)
-        header = not is_table or known or (bool(asked) and not by_number)
-        if not header:
-            names = [str(i) for i in range(len(names))]
-            lowered = {}
-            if not asked and len(names) == 2:
-                return False, _two_columns(file)
-        if asked and not set(asked) <= set(names):
-            name = next(name for name, column in chosen.items() if column is not None and column not in names)
-            raise ValueError(missing(file, asked, names, f"{name}_column"))
-        columns = {}
-        for name, column in chosen.items():
-            free = [found for found in usual[name] if found in lowered and lowered[found] not in columns.values()]
-            column = column or (lowered[free[0]] if free else None)
-            if column is not None:
-                columns[name] = column
-            elif name != "pair":
-                raise ValueError(
-                    f"{file} has no column that is called like a {name}; pass --data.{name}_column, one of: "
-                    f"{', '.join(names)}"
-                )
+    def _columns(self, file: Path, answered: bool) -> tuple[bool, dict[str, str]]:
+        """Whether a file has a header, and the columns of text, pair and, where it is answered, label."""
+        wanted = {
+            "text": Column(TEXT_NAMES, self.text_column),
+            "pair": Column(PAIR_NAMES, self.pair_column, required=False),
+        }
+        if answered:
+            wanted["label"] = Column(LABEL_NAMES, self.label_column)
+        header, columns = find_columns(file, wanted)
+        asked = [column for column in wanted.values() if column.asked is not None]
+        if answered and not header and not asked and len(columns) == 2:
+            return False, _two_columns(file)
         return header, columns
 
     def key(self, record: Record) -> str:
@@ -183,11 +170,9 @@ class Labelled(Examples):
                 known.append((place, record))
                 values.append([float(found[0])] if kind == "number" else [number[label] for label in found])
             examples[:] = known
-            ids, types, cut_here = self._tokens([record for _, record in examples])
+            fields[split], cut_here = self._token_fields([record for _, record in examples])
+            fields[split]["labels"] = _label_array(values, kind, len(labels))
             cut += cut_here
-            fields[split] = {"input_ids": Ragged.of(ids), "labels": _label_array(values, kind, len(labels))}
-            if types:
-                fields[split]["token_type_ids"] = Ragged.of(types)
         counts = Counter(label for _, record in train for label in self._split(record["label"], kind))
         about = {
             "kind": kind,
@@ -197,6 +182,17 @@ class Labelled(Examples):
             "cut_off": cut,
         }
         return fields["train"], fields["val"], about
+
+    def encode_asked(self, rows: list[Record]) -> Fields:
+        fields, _ = self._token_fields(rows)
+        none = {"one": [0], "several": [], "number": [0.0]}[self.kind]
+        return fields | {"labels": _label_array([none] * len(rows), self.kind, len(self.label_names))}
+
+    def _token_fields(self, rows: list[Record]) -> tuple[Fields, int]:
+        """Ids and token types, and how many examples were cut off."""
+        ids, types, cut = self._tokens(rows)
+        fields: Fields = {"input_ids": Ragged.of(ids)}
+        return (fields | {"token_type_ids": Ragged.of(types)} if types else fields), cut
 
     def _split(self, label: object, kind: Kind) -> list[str]:
         if kind != "several":
@@ -246,6 +242,10 @@ class Labelled(Examples):
 
     # What it is
 
+    def shown(self, example: int) -> list[tuple[str, bool]]:
+        text = self.tokenizer.decode(self.store.train["input_ids"][example])
+        return [(text, False), (str(self.store.records("train")[example]["label"]), True)]
+
     def plan(self) -> dict[str, str]:
         about = self.store.about
         examples = [len(self.store.train["input_ids"]), len(self.store.val["input_ids"])]
@@ -261,11 +261,6 @@ class Labelled(Examples):
             "cut off": f"{about['cut_off']:,} examples at {self.max_length} tokens" if about["cut_off"] else "",
             "skipped": ", ".join(f"{count:,} bad rows of {file}" for file, count in about["skipped_rows"].items()),
         }
-
-
-def _names(file: Path) -> list[str]:
-    """The columns of the first row."""
-    return list(next((row for _, row in records(file, BadRows(skip=True))), {}))
 
 
 def _two_columns(file: Path) -> dict[str, str]:
