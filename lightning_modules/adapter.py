@@ -7,8 +7,13 @@ from transformers import PreTrainedModel
 if TYPE_CHECKING:
     from peft import PeftModel
 
-TASKS = {"labels": "SEQ_CLS"}
-"""What peft calls an objective: it decides which head stays trainable and is saved beside the adapter."""
+TASKS = {
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+    "AutoModelForQuestionAnswering": "QUESTION_ANS",
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
+}
+"""What peft calls them: it decides which head stays trainable and is saved beside the adapter."""
 
 
 class Adapter:
@@ -36,12 +41,12 @@ class Adapter:
         self.kind, self.rank, self.alpha, self.dropout = kind, rank, alpha, dropout
         self.target_modules = target_modules
 
-    def added_to(self, network: PreTrainedModel, objective: str) -> "PeftModel":
+    def added_to(self, network: PreTrainedModel, auto_class: type) -> "PeftModel":
         """The network with new weights whose product is zero, so that it is still the same function."""
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(
-            task_type=TASKS[objective],
+            task_type=TASKS[auto_class.__name__],
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,

@@ -14,8 +14,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_modules.callbacks.plan import marked
 from lightning_modules.callbacks.report import save_model
-from lightning_modules.language_module import network_inputs
+from lightning_modules.completion import Completion
+from lightning_modules.finetune import FineTune
 from lightning_modules.losses import IGNORED
 
 WINDOW = 32
@@ -52,9 +54,10 @@ class Checks(Callback):
             schedule_end(trainer, module),
             exported(trainer, module, batch),
         ]
-        if module.objective == "labels":
-            checks += [held_out_apart(trainer), padded(module, batch)]
-            lines = examples(trainer)
+        if isinstance(module, FineTune):
+            checks += [held_out_apart(trainer), padded(trainer, module)]
+            checks += [written(trainer, module)] if isinstance(module, Completion) else []
+            lines = [marked(trainer.datamodule.shown(i)) for i in range(min(3, trainer.datamodule.rows_per_epoch))]
         else:
             checks += [labels(trainer, batch), overlap(trainer)]
             lines = loss_positions(trainer, batch)
@@ -184,31 +187,43 @@ def _window_hashes(tokens_N: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def logits(module: LightningModule, network: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """What the module makes of a batch with this network in the place of its own."""
-    if module.objective != "labels":
-        inputs = network_inputs(batch, module.objective, module.architecture) | module.decoder_inputs(batch)
-        return network(**inputs, use_cache=False).logits.float()
-    return module.logits(batch, network)
-
-
 def exported(trainer: Trainer, module: LightningModule, batch: dict[str, Tensor]) -> Check:
     """The folder that the run would leave, loaded by transformers."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder) / "model", module, trainer.datamodule.tokenizer, "")
         other = module.auto_class.from_pretrained(Path(folder) / "model").to(module.device).eval()
     few = {name: value[:2] for name, value in batch.items()}
-    figure = difference(logits(module, module.network, few), logits(module, other, few))
+    figure = difference(*(_finite(module.logits(few, network)) for network in (module.network, other)))
     return at_most("exported folder", "logits of AutoModel.from_pretrained", figure, 1e-5)
 
 
-def padded(module: LightningModule, batch: dict[str, Tensor]) -> Check:
-    """Examples that are filled up to the length of the longest, against each of them alone."""
-    together, worst = logits(module, module.network, batch), 0.0
-    for i, length in enumerate(batch["attention_mask"].sum(-1).tolist()):
-        alone = {name: value[i : i + 1, :length] for name, value in batch.items() if value.ndim > 1}
-        worst = max(worst, difference(together[i : i + 1], logits(module, module.network, alone)))
-    return at_most("padded against alone", f"logits of {len(together)} examples", worst, 1e-4)
+def _finite(logits: Tensor) -> Tensor:
+    """With 0 where a logit is masked out."""
+    return logits.masked_fill(logits == -torch.inf, 0)
+
+
+def batches(trainer: Trainer, examples: list[int]) -> list[dict[str, Tensor]]:
+    """These examples of training in one batch, and then each of them alone."""
+    rows = trainer.datamodule.train_dataloader().dataset
+    asked = [np.array(examples), *np.array(examples)[:, None]]
+    return [trainer.strategy.batch_to_device(rows.__getitems__(np.stack([e, e]))) for e in asked]
+
+
+@torch.no_grad()
+def padded(trainer: Trainer, module: LightningModule, most: int = 16) -> Check:
+    """The loss of examples that are filled up to the longest, against the sum of that of each alone."""
+    together, *alone = batches(trainer, list(range(min(most, trainer.datamodule.rows_per_epoch))))
+    _, nats, _ = module.loss(together)
+    each = torch.stack([module.loss(one)[1] for one in alone]).sum()
+    return at_most("padded against alone", f"loss of {len(alone)} examples", difference(each[None], nats[None]), 1e-5)
+
+
+def written(trainer: Trainer, module: LightningModule, count: int = 6) -> Check:
+    """Answers that are written in one batch, against each alone."""
+    together, *alone = batches(trainer, list(range(min(count, trainer.datamodule.rows_per_epoch))))
+    texts = [text for text, _ in module.write(together)]
+    equal = sum(text == module.write(one)[0][0] for text, one in zip(texts, alone, strict=True))
+    return Check("written together", f"{equal} of {len(texts)} answers as alone", equal == len(texts))
 
 
 def held_out_apart(trainer: Trainer) -> Check:
@@ -217,16 +232,6 @@ def held_out_apart(trainer: Trainer) -> Check:
     trained = {data.key(record) for record in data.store.records("train")}
     twice = sum(data.key(record) in trained for record in data.store.records("val"))
     return Check("train and held-out examples", f"{twice} held-out examples are trained on", twice == 0)
-
-
-def examples(trainer: Trainer, count: int = 3) -> list[str]:
-    """The first examples as the model reads them, decoded, and what they are to become."""
-    data, lines = trainer.datamodule, []
-    for i, record in enumerate(data.store.records("train")[:count]):
-        ids = data.store.train["input_ids"][i]
-        text = " ".join(data.tokenizer.decode(ids[:24]).split())
-        lines.append(f"{text}{' …' * (len(ids) > 24)}  →  {record['label']}")
-    return lines
 
 
 def packed(trainer: Trainer, module: LightningModule) -> Check:
@@ -238,12 +243,12 @@ def packed(trainer: Trainer, module: LightningModule) -> Check:
     worst, documents = 0.0, 0
     for batch in _rows_of_several(rows):
         batch = trainer.strategy.batch_to_device(batch)
-        whole = logits(module, module.network, batch)
+        whole = module.logits(batch)
         starts = [*torch.where(batch["position_ids"][0] == 0)[0].tolist(), whole.shape[1]]
         starts = starts if starts[0] == 0 else [0, *starts]
         for start, end in zip(starts, starts[1:], strict=False):
             alone = {name: batch[name][:, start:end] for name in ("input_ids", "position_ids", "labels")}
-            worst = max(worst, difference(whole[:, start:end], logits(module, module.network, alone)))
+            worst = max(worst, difference(whole[:, start:end], module.logits(alone)))
             documents += 1
     return at_most("packed against alone", f"logits of {documents} documents", worst, 1e-4)
 

@@ -15,7 +15,7 @@ from torchmetrics.classification import (
     MultilabelExactMatch,
     MultilabelF1Score,
 )
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from lightning_modules.finetune import FineTune
 from lightning_modules.losses import IGNORED
@@ -33,7 +33,10 @@ class Classification(FineTune):
     """
 
     objective = "labels"
-    auto_class = AutoModelForSequenceClassification
+    needs = (
+        "has no AutoModelForSequenceClassification; take one that has, such as transformers.BertConfig or "
+        "transformers.LlamaConfig"
+    )
     units = "`val_loss` is the cross-entropy in nats (of numbers the squared error), a mean over the held-out examples."
 
     def __init__(
@@ -41,8 +44,11 @@ class Classification(FineTune):
     ):
         super().__init__(**settings)
         self.class_weights, self.label_smoothing = class_weights, label_smoothing
-        self.predictions: dict[int, dict[str, object]] = {}
-        """Of the validation so far, by the number of the example."""
+
+    @staticmethod
+    def auto_class_of(config: PreTrainedConfig) -> type | None:
+        auto_class = AutoModelForSequenceClassification
+        return auto_class if type(config) in auto_class._model_mapping else None
 
     @property
     def kind(self) -> str:
@@ -129,17 +135,17 @@ class Classification(FineTune):
             self.validation.update(logits_BL[:, 0], labels)
         else:
             self.validation.update(logits_BL.sigmoid() if self.kind == "several" else logits_BL, labels.long())
-        for prediction in self.predicted(logits_BL, batch["rows"][here_B], labels):
-            self.predictions[prediction.pop("row")] = prediction
+        self.predictions |= self.predicted(logits_BL, batch["rows"][here_B], labels)
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, object]]:
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         here_B = batch["rows"] >= 0
-        return self.predicted(self.logits(batch)[here_B], batch["rows"][here_B], batch["labels"][here_B])
+        self.predictions |= self.predicted(self.logits(batch)[here_B], batch["rows"][here_B], batch["labels"][here_B])
 
-    def predicted(self, logits_BL: Tensor, rows_B: Tensor, labels: Tensor) -> list[dict[str, object]]:
-        """The prediction of each example, the probability of each label, and a score: 1 where it is right, else 0; of
-        numbers the distance, negative."""
-        names = self.trainer.datamodule.label_names
+    def predicted(self, logits_BL: Tensor, rows_B: Tensor, labels: Tensor) -> dict[int, dict[str, object]]:
+        """By the example's number the prediction, the probability of each label, and a score where the label is known:
+        1 where it is right, else 0; of numbers the distance, negative."""
+        data = self.trainer.datamodule
+        names = data.label_names
         if self.kind == "number":
             found = [{"prediction": value} for value in logits_BL[:, 0].tolist()]
             scores = (-(logits_BL[:, 0] - labels).abs()).tolist()
@@ -156,11 +162,12 @@ class Classification(FineTune):
             best_B = shares_BL.argmax(-1)
             found = [{"prediction": names[i]} for i in best_B.tolist()]
             scores = (best_B == labels).float().tolist()
-        for i, (row, score) in enumerate(zip(rows_B.tolist(), scores, strict=True)):
-            found[i] |= {"row": row, "score": score}
+        for i, score in enumerate(scores):
+            if data.has_answers:
+                found[i]["score"] = score
             if self.kind != "number":
                 found[i]["probabilities"] = dict(zip(names, (round(x, 6) for x in shares_BL[i].tolist()), strict=True))
-        return found
+        return dict(zip(rows_B.tolist(), found, strict=True))
 
     def on_validation_epoch_end(self) -> None:
         self._log_validation("val")
@@ -172,6 +179,7 @@ class Classification(FineTune):
         self._log_validation("test")
 
     def _log_validation(self, stage: str) -> None:
+        self.gather_predictions()
         values = {"loss": self.validation_loss.compute()} | self.validation.compute()
         for name, value in values.items():
             self.log(f"{stage}/{name}", value.double(), rank_zero_only=False)

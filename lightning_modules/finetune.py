@@ -1,12 +1,17 @@
 """What every task of fine-tuning shares: a pretrained network with the head of the task, whole or by an adapter."""
 
 import copy
+import json
 import os
+import shutil
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from jsonargparse import lazy_instance
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import OptimizerCallable
@@ -17,6 +22,7 @@ from transformers.utils import logging
 
 from lightning_modules.adapter import Adapter
 from lightning_modules.architectures import fit_config
+from lightning_modules.checkpoint_io import replace_folder
 from lightning_modules.model_folder import find_folder, is_language_model, max_positions
 from lightning_modules.optim import adamw
 from lightning_modules.scheduled_step import ScheduledStep
@@ -45,7 +51,8 @@ class FineTune(ScheduledStep):
     """
 
     objective: ClassVar[str]
-    auto_class: ClassVar[type]
+    has_new_head: ClassVar[bool] = True
+    """Whether the task's head is made here, where the model to begin with has none."""
 
     def __init__(
         self,
@@ -61,7 +68,7 @@ class FineTune(ScheduledStep):
         compile: bool | Literal["auto"] = "auto",
     ):
         super().__init__(optimizer, schedule, max_tokens, l1, compile)
-        self.start = starting_folder(from_, self.auto_class)
+        self.start = starting_folder(from_, self.auto_class_of)
         """A folder or Hub name; None for new weights."""
         self.architecture = architecture
         if self.start is None and architecture is None:
@@ -72,8 +79,37 @@ class FineTune(ScheduledStep):
         self.adapter = adapter
         self.freeze_backbone = freeze_backbone
         self.dropout = dropout
+        self.predictions: dict[int, dict[str, object]] = {}
+        """Of the validation so far, by the number of the example."""
 
     # The network
+
+    @staticmethod
+    @abstractmethod
+    def auto_class_of(config: PreTrainedConfig) -> type | None:
+        """AutoModelFor… by which a model of this config gets the task's head; None if it cannot have it."""
+
+    @cached_property
+    def base_config(self) -> PreTrainedConfig:
+        """Of the model to begin with."""
+        if self.start is None:
+            return self.architecture
+        try:
+            return AutoConfig.from_pretrained(self.start)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--model.from {self.start} is no model's folder, nor a Hub name ({reason})") from None
+
+    @cached_property
+    def auto_class(self) -> type:
+        found = self.auto_class_of(self.base_config)
+        if found is None:
+            flag = "--model.architecture" if self.start is None else f"--model.from {self.start}:"
+            raise ValueError(f"{flag} {type(self.base_config).__name__} {self.needs}")
+        return found
+
+    needs: ClassVar[str]
+    """Why a config has no `auto_class_of`, and which ones have."""
 
     @abstractmethod
     def head_fields(self) -> dict[str, object]:
@@ -93,18 +129,19 @@ class FineTune(ScheduledStep):
         fields = self.head_fields()
         self._require_monitors()
         if self.dropout is not None:
-            config = self.architecture if self.start is None else AutoConfig.from_pretrained(self.start)
-            ends = ("dropout", "_pdrop", "dropout_prob")
-            fields |= {name: self.dropout for name in vars(config) if name.endswith(ends)}
+            ends = ("dropout", "_pdrop", "dropout_prob", "dropout_rate")
+            fields |= {name: self.dropout for name in vars(self.base_config) if name.endswith(ends)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # of new weights, and of the new head
-            network = self._new(fields) if self.start is None else self._loaded(fields)
+            auto_class = self.auto_class
+            network = self._new(auto_class, fields) if self.start is None else self._loaded(auto_class, fields)
             self._require_fit(network)
             network.config.pad_token_id = data.pad_id  # by which a decoder finds the last token of a text
             if self.freeze_backbone:
                 network.base_model.requires_grad_(False)
             if self.adapter is not None:
-                network = self.adapter.added_to(network, self.objective)
+                network = self.adapter.added_to(network, auto_class)
+        self.prepare(network if self.adapter is None else network.base_model.model)
         self.make_fast(network)
         self.network = network.train()
 
@@ -118,31 +155,27 @@ class FineTune(ScheduledStep):
                     f"{', '.join(names)}: name one by --trainer.callbacks.monitor, with --trainer.callbacks.mode"
                 )
 
-    def _new(self, fields: dict[str, object]) -> PreTrainedModel:
+    def prepare(self, network: PreTrainedModel) -> None:
+        """What a task makes for its network once."""
+
+    def _new(self, auto_class: type, fields: dict[str, object]) -> PreTrainedModel:
         data = self.trainer.datamodule
         self._require_positions(getattr(self.architecture, "max_position_embeddings", None))
         fit_config(self.architecture, data.tokenizer, data.vocab_size, data.seq_len)
         for name, value in fields.items():
             setattr(self.architecture, name, value)
-        if type(self.architecture) not in self.auto_class._model_mapping:
-            raise ValueError(
-                f"--model.architecture {type(self.architecture).__name__} has no {self.auto_class.__name__}; take one "
-                "that has, such as transformers.BertConfig or transformers.LlamaConfig"
-            )
-        return self.auto_class.from_config(self.architecture)
+        return auto_class.from_config(self.architecture)
 
-    def _loaded(self, fields: dict[str, object]) -> PreTrainedModel:
+    def _loaded(self, auto_class: type, fields: dict[str, object]) -> PreTrainedModel:
         settings = {"dtype": torch.float32, "output_loading_info": True}
         try:
             # A head of another number of labels is made anew.
-            network, info = self.auto_class.from_pretrained(
-                self.start, ignore_mismatched_sizes=True, **settings, **fields
-            )
+            network, info = auto_class.from_pretrained(self.start, ignore_mismatched_sizes=True, **settings, **fields)
         except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"--model.from {self.start} gives no {self.auto_class.__name__} ({reason})") from None
+            raise ValueError(f"--model.from {self.start} gives no {auto_class.__name__} ({reason})") from None
         # The pooler, which pretraining does not have, belongs to the head.
-        prefix = f"{network.base_model_prefix}."
+        prefix = f"{network.base_model_prefix}." if self.has_new_head else ""
         missing = [name for name in sorted(info["missing_keys"]) if name.startswith(prefix) and "pooler" not in name]
         if missing:
             lacking = f"{len(missing)} weights ({missing[0]}, …)"
@@ -181,8 +214,26 @@ class FineTune(ScheduledStep):
         """With an adapter, the network that it adds up to."""
         return self.network if self.adapter is None else copy.deepcopy(self.network).float().merge_and_unload()
 
+    def save_beside(self, folder: Path) -> None:
+        """The adapter alone, as peft loads it onto the model it began with."""
+        if self.adapter is not None:
+            temporary = folder / ".adapter.partial"
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.network.save_pretrained(temporary)
+            replace_folder(temporary, folder / "adapter")
+
     def counted_tokens(self, batch: dict[str, Tensor]) -> Tensor:
         return (batch["attention_mask"] * (batch["rows"] >= 0)[:, None]).sum()
+
+    def gather_predictions(self) -> None:
+        """Makes `predictions` those of all ranks."""
+        if self.trainer.world_size > 1:
+            of_ranks: list[dict] = [{}] * self.trainer.world_size
+            dist.all_gather_object(of_ranks, self.predictions)
+            self.predictions = {row: prediction for found in of_ranks for row, prediction in found.items()}
+
+    def on_predict_epoch_end(self) -> None:
+        self.gather_predictions()
 
     # What came of a run, in words
 
@@ -224,7 +275,7 @@ class FineTune(ScheduledStep):
         }
 
 
-def starting_folder(asked: str | None, auto_class: type) -> str | None:
+def starting_folder(asked: str | None, auto_class_of: Callable[[PreTrainedConfig], type | None]) -> str | None:
     """The folder with the weights to begin with; None where they are new."""
     if asked == NEW:
         return None
@@ -233,6 +284,15 @@ def starting_folder(asked: str | None, auto_class: type) -> str | None:
     runs = sorted(Path("runs").glob("*/model/config.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for folder in (file.parent for file in runs):
         # Of pretraining alone: or the second of two equal runs would begin with the end of the first.
-        if is_language_model(folder) and type(AutoConfig.from_pretrained(folder)) in auto_class._model_mapping:
+        if is_pretrained(folder) and auto_class_of(AutoConfig.from_pretrained(folder)) is not None:
             return str(folder)
     return None
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Whether a model's folder holds a language model that no run of fine-tuning left."""
+    try:
+        objective = json.loads((folder.parent / "summary.json").read_text())["objective"]
+    except (OSError, ValueError, KeyError):
+        objective = "unknown"
+    return is_language_model(folder) and objective not in ("labels", "spans", "completions")

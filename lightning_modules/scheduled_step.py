@@ -1,5 +1,6 @@
 """An exact step with its optimizer and its schedule: what pretraining and fine-tuning share."""
 
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -60,6 +61,9 @@ class ScheduledStep(ExactStep):
     def exported(self) -> PreTrainedModel:
         """What a model folder gets."""
         return self.network
+
+    def save_beside(self, folder: Path) -> None:
+        """What a run's folder gets besides the model."""
 
     @property
     def low_precision(self) -> bool:

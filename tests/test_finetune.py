@@ -23,6 +23,7 @@ from transformers import (
 
 from datamodules.labelled import Labelled
 from datamodules.tokenization import bpe_tokenizer
+from lightning_modules.classification import Classification
 from lightning_modules.finetune import starting_folder
 from tests.faults import command, kill_group, signal_at, state
 
@@ -155,7 +156,7 @@ def test_without_from_the_newest_run_with_such_a_head_is_taken(encoder, reviews,
     (tmp_path / "runs" / "tuned").symlink_to(tmp_path / "out")
     (tmp_path / "runs" / "broken" / "model").mkdir(parents=True)
     (tmp_path / "runs" / "broken" / "model" / "config.json").write_text("{")
-    assert starting_folder(None, AutoModelForSequenceClassification) == "runs/mine/model"
+    assert starting_folder(None, Classification.auto_class_of) == "runs/mine/model"
     config = (tmp_path / "out" / "config.yaml").read_text()
     assert "from: null" in config and "from_:" not in config
 

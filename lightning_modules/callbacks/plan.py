@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Timer
 
 from lightning_modules.architectures import bytes_of, parameter_count
 from lightning_modules.callbacks.speed import Speed
+from lightning_modules.finetune import FineTune
 
 PLANNED_MFU = 0.45
 """Share of the matrix rate that the time in the plan supposes."""
@@ -19,6 +20,8 @@ class Plan(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero:
             print_pairs("Plan", self.rows(trainer, module))
+            if isinstance(module, FineTune):
+                print(f"example   {marked(trainer.datamodule.shown(0))}\n", flush=True)
 
     def rows(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
         data = trainer.datamodule
@@ -62,6 +65,17 @@ class Plan(Callback):
     def _state_bytes(module: LightningModule) -> int:
         # Weights, gradients, two moments in float32; masters make weights and gradients 2 bytes and add 8.
         return parameter_count(module.network) * (20 if module.low_precision else 16)
+
+
+def marked(pieces: list[tuple[str, bool]], most: int = 400) -> str:
+    """An example in one line, in pieces: what is learnt is green, or in ⟦brackets⟧ where there is no terminal."""
+    left, right = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    shown = []
+    for text, is_learnt in pieces:
+        text = text.replace("\n", "⏎")
+        text = text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+        shown.append(f"{left}{text}{right}" if is_learnt else text)
+    return "".join(shown)
 
 
 def precision(trainer: Trainer, module: LightningModule) -> str:

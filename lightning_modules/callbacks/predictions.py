@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_modules.callbacks.report import best_by
+from lightning_modules.finetune import FineTune
 from lightning_modules.redaction import redacted
 
 SHOWN = 64
@@ -16,24 +16,40 @@ SHOWN = 64
 
 
 class Predictions(BasePredictionWriter):
-    """predictions.jsonl in the working folder or --trainer.default_root_dir: a line for each held-out row, in order."""
+    """predictions.jsonl in the working folder or --trainer.default_root_dir: a line for each row, in order.
+
+    Of pretraining each rank writes its rows; of fine-tuning the first rank writes all, each beside what was asked.
+    """
 
     def __init__(self):
         super().__init__(write_interval="batch")
 
     def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
-        rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        rank = f"-rank{trainer.global_rank}" if trainer.global_rank or self._of_ranks(trainer, module) else ""
         self.path = Path(trainer.default_root_dir) / f"predictions{rank}.jsonl"
         self.rows: list[dict] = []
-        self.path.write_text("")
+
+    @staticmethod
+    def _of_ranks(trainer: Trainer, module: LightningModule) -> bool:
+        return trainer.world_size > 1 and not isinstance(module, FineTune)
 
     def write_on_batch_end(self, trainer, module, prediction, batch_indices, batch, batch_idx, dataloader_idx) -> None:
-        self.rows += prediction
+        self.rows += prediction or []
 
     def on_predict_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if isinstance(module, FineTune):
+            if not trainer.is_global_zero:
+                return
+            self.rows = _lines(trainer, module.predictions)
         self.rows.sort(key=lambda row: row["row"])
         self.path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
         print(f"{len(self.rows):,} rows in {self.path}: {', '.join(self.rows[0] if self.rows else ())}")
+
+
+def _lines(trainer: Trainer, predictions: dict[int, dict[str, object]]) -> list[dict[str, object]]:
+    """What was asked, and what was made of it."""
+    asked = trainer.datamodule.asked
+    return [{"row": row} | asked[row] | predictions[row] for row in sorted(predictions)]
 
 
 class HeldOutPredictions(Callback):
@@ -47,14 +63,13 @@ class HeldOutPredictions(Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             module.predictions.clear()
             return
-        found = self._of_all_ranks(trainer, module)
+        found, module.predictions = module.predictions, {}
         name, sign = best_by(trainer)
         figure = sign * float(trainer.callback_metrics[f"val/{name}"])
         if not trainer.is_global_zero or (self.best is not None and figure >= self.best):
             return
         self.best = figure
-        examples = trainer.datamodule.store.records("val")
-        lines = [{"row": row} | examples[row] | found[row] for row in sorted(found)]
+        lines = _lines(trainer, found)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (Path(trainer.default_root_dir) / "predictions.jsonl").write_text(text)  # the user's own examples, as they are
         errors_first = sorted(lines, key=lambda line: (line["score"], line["row"]))[:SHOWN]
@@ -63,15 +78,6 @@ class HeldOutPredictions(Callback):
                 columns = [column for column in errors_first[0] if column != "probabilities"]
                 rows = [[redacted(str(line[column])) for column in columns] for line in errors_first]
                 logger.log_text("predictions", columns=columns, data=rows)
-
-    @staticmethod
-    def _of_all_ranks(trainer: Trainer, module: LightningModule) -> dict[int, dict[str, object]]:
-        mine, module.predictions = module.predictions, {}
-        if trainer.world_size == 1:
-            return mine
-        of_ranks: list[dict] = [{}] * trainer.world_size
-        dist.all_gather_object(of_ranks, mine)
-        return {row: prediction for rank in of_ranks for row, prediction in rank.items()}
 
     def state_dict(self) -> dict:
         return {"best": self.best}

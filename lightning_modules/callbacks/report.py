@@ -64,6 +64,7 @@ class Report(Callback):
         restore_best(trainer, module)
         summary = self.summary(trainer, module, seconds)
         save_model(folder / "model", module, trainer.datamodule.tokenizer, model_card(summary, trainer, module))
+        module.save_beside(folder)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print_pairs("Result", self.rows(summary, trainer, module))
 

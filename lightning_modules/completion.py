@@ -1,0 +1,226 @@
+"""What the tasks share whose answers are written: a decoder or an encoder-decoder that learns to, and validation that
+lets it write.
+
+Shape suffixes: B examples, T tokens of the longest input, P of the longest prompt, U of the longest answer.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from lightning_modules.finetune import FineTune
+from lightning_modules.metrics import LanguageModelLoss
+from lightning_modules.model_folder import max_positions
+from lightning_modules.token_loss import TokenLoss, shifted_right
+
+Scores = dict[str, float]
+
+
+class Completion(FineTune):
+    """A subclass says how what was written is judged.
+
+    Args:
+        num_beams: Of beam search; 1 always takes the likeliest token.
+        max_new_tokens: Most tokens of what is written in validation and prediction. Left out: as many as the longest
+            answer in the data.
+        label_smoothing: Weight of the uniform distribution in the target.
+    """
+
+    objective = "completions"
+    has_new_head = False
+    needs = "does not write; take a decoder such as transformers.LlamaConfig, or an encoder-decoder such as T5Config"
+    units = (
+        "`val_loss` is in nats per token of the held-out answers, their ends among them; `val_bits_per_byte` divides "
+        "the same sum by their UTF-8 bytes; `val_stopped` is the part of what was written that came to its end by "
+        "itself. "
+    )
+
+    def __init__(
+        self, *, num_beams: int = 1, max_new_tokens: int | None = None, label_smoothing: float = 0.0, **settings: object
+    ):
+        super().__init__(**settings)
+        for name, value in (("num_beams", num_beams), ("max_new_tokens", max_new_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"--model.{name} is {value}; it must be 1 or more")
+        self.num_beams, self.max_new_tokens = num_beams, max_new_tokens
+        self.label_smoothing = label_smoothing
+        self.validation = LanguageModelLoss()
+
+    # The task
+
+    @abstractmethod
+    def score_names(self) -> list[str]:
+        """What `scores` finds."""
+
+    @abstractmethod
+    def scores(self, written: list[str], references: list[list[str]]) -> Scores:
+        """Of all that was written against one or several right answers each."""
+
+    @abstractmethod
+    def row_score(self, written: str, references: Sequence[str]) -> float:
+        """Of one answer, 0 to 1."""
+
+    # The network
+
+    @staticmethod
+    def auto_class_of(config: PreTrainedConfig) -> type | None:
+        if config.is_encoder_decoder:
+            return AutoModelForSeq2SeqLM if type(config) in AutoModelForSeq2SeqLM._model_mapping else None
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            return None
+        # Encoders have a class that writes, too, which nobody trained.
+        is_encoder = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+        return None if is_encoder else AutoModelForCausalLM
+
+    @property
+    def encodes_apart(self) -> bool:
+        return self.base_config.is_encoder_decoder
+
+    def head_fields(self) -> dict[str, object]:
+        return {}
+
+    def measured(self) -> list[str]:
+        return ["loss", "perplexity", "bits_per_byte", *self.score_names(), "stopped"]
+
+    def prepare(self, network: PreTrainedModel) -> None:
+        self.token_loss = TokenLoss(network, self.label_smoothing, keep_only_labels=True)
+        self.positions = max_positions(network)
+
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor | bool]:
+        """What the network reads of a batch."""
+        if not self.encodes_apart:
+            # Padding stands behind all that counts, where a decoder never looks: no mask, and the fast attention.
+            return {"input_ids": batch["input_ids"], "use_cache": False}
+        config = self.plain_network.config
+        shifted_BU = shifted_right(batch["labels"], config.decoder_start_token_id, config.pad_token_id)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return inputs | {"decoder_input_ids": shifted_BU, "use_cache": False}
+
+    def loss(self, batch: dict[str, Tensor], divisor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        return self.token_loss(partial(self.network, **self.inputs(batch)), batch["labels"], divisor)
+
+    def logits(self, batch: dict[str, Tensor], network: PreTrainedModel | None = None) -> Tensor:
+        """(B, T, V), of an encoder-decoder (B, U, V); of another network than the module's own, if one is given."""
+        return (network or self.network)(**self.inputs(batch)).logits.float()
+
+    def counted_tokens(self, batch: dict[str, Tensor]) -> Tensor:
+        read = super().counted_tokens(batch)
+        return read + (batch["labels"] >= 0).sum() if self.encodes_apart else read
+
+    # Writing
+
+    @torch.no_grad()
+    def write(self, batch: dict[str, Tensor]) -> list[tuple[str, bool]]:
+        """For each example what the model answers, and whether it came to an end by itself."""
+        tokenizer, network = self.trainer.datamodule.tokenizer, self.plain_network
+        if self.encodes_apart:
+            prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            before = 0
+        else:
+            ids_BP, mask_BP = left_padded(batch["input_ids"], batch["prompt_lengths"], self.trainer.datamodule.pad_id)
+            prompts = {"input_ids": ids_BP, "attention_mask": mask_BP}
+            before = ids_BP.shape[1]
+        settings = self.generation(before)
+        tokens = network.generate(**prompts, generation_config=settings)[:, before:].tolist()
+        ends = set(settings.eos_token_id)
+        start = 1 if self.encodes_apart else 0  # the decoder's first token was given
+        return [
+            (tokenizer.decode(ids, skip_special_tokens=True).strip(), any(token in ends for token in ids[start:]))
+            for ids in tokens
+        ]
+
+    def generation(self, before: int = 0) -> GenerationConfig:
+        """How an answer is written behind a prompt of so many tokens: the likeliest, with the key-value cache."""
+        data, network = self.trainer.datamodule, self.plain_network
+        new = self.max_new_tokens or data.longest_answer
+        if self.positions is not None:
+            new = max(1, min(new, self.positions - before))
+        ends = network.generation_config.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
+        own = network.generation_config
+        return GenerationConfig(
+            max_new_tokens=new,
+            num_beams=self.num_beams,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=sorted({*ends, data.tokenizer.eos_token_id}),
+            pad_token_id=data.pad_id,
+            bos_token_id=own.bos_token_id,
+            decoder_start_token_id=network.config.decoder_start_token_id if self.encodes_apart else None,
+            forced_bos_token_id=own.forced_bos_token_id,
+        )
+
+    # Validation
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        _, nats, count = self.loss(batch)
+        self.validation.update(nats, count, batch["label_bytes"].sum())
+        self.predict_step(batch, batch_idx)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        here_B = batch["rows"] >= 0
+        if not here_B.any():
+            return
+        data = self.trainer.datamodule
+        here = {name: value[here_B] for name, value in batch.items()}
+        for row, (text, stopped) in zip(here["rows"].tolist(), self.write(here), strict=True):
+            self.predictions[row] = {"prediction": text, "stopped": stopped}
+            if data.has_answers:
+                score = self.row_score(text, data.asked[row]["references"])
+                self.predictions[row]["score"] = round(score, 6)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_validation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_validation("test")
+
+    def _log_validation(self, stage: str) -> None:
+        values = {name: float(value) for name, value in self.validation.compute().items()}
+        self.validation.reset()
+        self.gather_predictions()
+        rows = sorted(self.predictions)
+        asked = self.trainer.datamodule.asked
+        written = [self.predictions[row]["prediction"] for row in rows]
+        values |= self.scores(written, [asked[row]["references"] for row in rows])
+        values["stopped"] = sum(self.predictions[row]["stopped"] for row in rows) / max(1, len(rows))
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", torch.tensor(value, dtype=torch.float64), rank_zero_only=False)
+
+    # What came of a run
+
+    def exported(self) -> PreTrainedModel:
+        network = super().exported()
+        network.generation_config = self.generation()
+        return network
+
+    def next_command(self, model: str, data: LightningDataModule) -> str:
+        """For the terminal; `model` is quoted."""
+        if self.encodes_apart:
+            return f"python recipes/generate.py --model {model} --num_beams 4 --prompt …"
+        asked = "[{'role': 'user', 'content': '…'}]"
+        code = f"from transformers import pipeline; print(pipeline('text-generation', {model!r})({asked}))"
+        return f'python -c "{code}"'
+
+
+def left_padded(ids_BT: Tensor, lengths_B: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+    """(B, P) the first tokens of each row, shifted to the right end, and a mask of them."""
+    width = int(lengths_B.max())
+    places_BP = torch.arange(width, device=ids_BT.device) - (width - lengths_B)[:, None]
+    mask_BP = places_BP >= 0
+    return ids_BT.gather(1, places_BP.clamp(min=0)).masked_fill(~mask_BP, pad), mask_BP.long()
