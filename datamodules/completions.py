@@ -38,23 +38,31 @@ class Completions(Examples):
 
     A decoder reads the conversation by its chat template, and the labels are the answers; an encoder-decoder reads all
     that stands before the last answer, and writes it. Each answer is learnt with its end of text.
+
+    Args:
+        max_length: Tokens of a prompt with its answer, or of the prompt alone where an encoder reads it. Of a longer
+            one the longest message is cut off at its end, and it is counted.
+        max_target_length: Tokens of an answer with its end; longer ones are cut off before their end and counted. Left
+            out: as max_length.
+        learn: answers, of a conversation all of them; the last_answer alone; or all that a decoder reads.
+        chat_template: File of a Jinja template for decoders. Left out: the tokenizer's own, else a plain one.
     """
 
     objective = "completions"
 
     def __init__(
         self,
-        *settings: object,
-        max_target_length: int | None,
-        vocab_size: int,
-        chat_template: str | None,
+        *,
+        max_length: int = 256,
+        max_target_length: int | None = None,
         learn: Learnt = "answers",
+        chat_template: str | None = None,
+        **settings: object,
     ):
-        super().__init__(*settings)
+        super().__init__(max_length=max_length, **settings)
         if max_target_length is not None and max_target_length < 1:
             raise ValueError(f"--data.max_target_length is {max_target_length}; it must be 1 or more")
         self.max_target_length = max_target_length or self.max_length
-        self.new_vocab_size = vocab_size
         self.chat_template = chat_template
         self.learn = learn
         self.prompts_cut = self.answers_cut = 0
@@ -74,7 +82,6 @@ class Completions(Examples):
             "apart": self.encodes_apart,
             "learn": self.learn,
             "max_target_length": self.max_target_length,
-            "vocab_size": self.new_vocab_size,
         }
 
     def prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +17,7 @@ from datamodules.example_store import FORMAT_VERSION, ExampleStore, Fields, open
 from datamodules.files import BadRows
 from datamodules.ordered import Ordered
 from datamodules.records import Record
-from datamodules.row_order import ByLength, HeldOutOrder
+from datamodules.row_order import ByLength, HeldOutOrder, batches_mixed
 from datamodules.rows import Loader, row_loader
 from datamodules.sources import ContentHashes, find_files, standard_library
 from datamodules.tokenization import bpe_tokenizer, document_start, fingerprint, load_tokenizer, remembered
@@ -26,44 +27,65 @@ Numbered = tuple[str, Record]
 
 
 class Examples(Ordered, ABC):
-    """A subclass says what its rows are, what they become, and what a batch of them is."""
+    """A subclass says what its rows are, what they become, and what a batch of them is.
+
+    Args:
+        path: Files, folders or globs. Left out: examples from the Python standard library.
+        val_path: Held-out examples, like `path`. Left out: a part of `path`.
+        predict_path: Examples for `predict`, like `path` but without what is to be predicted.
+        val_fraction: Share of the examples to hold out, by a hash of their text (of questions: of their article).
+        max_val_examples: Held-out examples that a validation goes through, spread evenly over all. Left out: all.
+        tokenizer: A folder, "vocab.json,merges.txt" or a Hub name. Left out: the model's own.
+        vocab_size: Ids of a tokenizer that is trained on these texts, where there is no model to begin with.
+        max_length: Tokens of an example; longer ones are cut off and counted.
+        batch_size: Examples in a micro-batch of one rank.
+        val_batch_size: Examples in a batch of validation. Left out: as `batch_size`.
+        num_workers: Processes that load examples beside the training process.
+        on_bad_row: What to do with a row that cannot be read: stop with an error, or skip and count it.
+        cache_dir: Where tokens are kept. Left out: $XDG_CACHE_HOME or ~/.cache, and there lightning-lm-recipes.
+        seed: Decides the order of the examples, together with their number consumed.
+        allow_changed_data: Whether a checkpoint of other examples, tokenizer or seed may be gone on from.
+    """
 
     objective: str
     """Of the modules that train on it."""
-    new_vocab_size = 4096
-    """Ids of a tokenizer that is made of these texts."""
 
     def __init__(
         self,
-        path: str | list[str] | None,
-        val_path: str | list[str] | None,
-        predict_path: str | list[str] | None,
-        val_fraction: float,
-        tokenizer: str | None,
-        max_length: int,
-        batch_size: int,
-        val_batch_size: int | None,
-        num_workers: int,
-        on_bad_row: str,
-        cache_dir: str | None,
-        seed: int,
-        allow_changed_data: bool,
+        *,
+        path: str | list[str] | None = None,
+        val_path: str | list[str] | None = None,
+        predict_path: str | list[str] | None = None,
+        val_fraction: float = 0.1,
+        max_val_examples: int | None = None,
+        tokenizer: str | None = None,
+        vocab_size: int = 4096,
+        max_length: int = 256,
+        batch_size: int = 16,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        on_bad_row: Literal["error", "skip"] = "error",
+        cache_dir: str | None = None,
+        seed: int = 0,
+        allow_changed_data: bool = False,
     ):
         super().__init__()
         positive = {"max_length": max_length, "batch_size": batch_size, "val_batch_size": val_batch_size}
+        positive |= {"max_val_examples": max_val_examples}
         for name, value in positive.items():
             if value is not None and value < 1:
                 raise ValueError(f"--data.{name} is {value}; it must be 1 or more")
         if not 0 < val_fraction < 1:
             raise ValueError(f"--data.val_fraction is {val_fraction}; it must lie between 0 and 1, both excluded")
         self.path, self.val_path, self.predict_path, self.val_fraction = path, val_path, predict_path, val_fraction
-        self.tokenizer_name = tokenizer
+        self.tokenizer_name, self.new_vocab_size = tokenizer, vocab_size
         self.max_length = max_length
         self.batch_size, self.val_batch_size = batch_size, val_batch_size
         self.num_workers = num_workers
         self.on_bad_row = on_bad_row
         self.cache_dir = cache_root(cache_dir)
         self.seed = seed
+        self.max_val_examples = max_val_examples
         self.allow_changed_data = allow_changed_data
         self.store: ExampleStore | None = None
         self.asked: list[Record] = []
@@ -190,7 +212,7 @@ class Examples(Ordered, ABC):
                 if self.tokenizer_name:
                     raise
                 raise ValueError(str(error).replace("--data.tokenizer", "the tokenizer of --model.from")) from None
-        key = hashlib.sha256(json.dumps(["bpe", *content]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps(["bpe", self.new_vocab_size, *content]).encode()).hexdigest()
 
         def trained() -> PreTrainedTokenizerBase:
             texts = [self.texts(record) for _, record in examples()[0]]
@@ -209,11 +231,10 @@ class Examples(Ordered, ABC):
             val = self.read(val_files, bad_rows)
             self._require_both(examples, val)
             return examples, val
-        held_out = {
-            key
-            for key in {self.key(record) for _, record in examples}
-            if int(hashlib.sha256(key.encode()).hexdigest()[:16], 16) < self.val_fraction * 2**64
-        }
+        keys = sorted({self.key(record) for _, record in examples}, key=_hash)
+        # Of a few examples one is held out all the same, and one is trained on.
+        count = sum(_hash(key) < self.val_fraction * 2**64 for key in keys)
+        held_out = set(keys[: min(max(1, count), len(keys) - 1)])
         train = [(place, record) for place, record in examples if self.key(record) not in held_out]
         val = [(place, record) for place, record in examples if self.key(record) in held_out]
         self._require_both(train, val)
@@ -238,15 +259,30 @@ class Examples(Ordered, ABC):
         return row_loader(_Split(self, self.store.train), order, self.num_workers)
 
     def val_dataloader(self) -> Loader:
-        by_length = np.argsort(self.costs(self.asked_fields), kind="stable")
-        order = HeldOutOrder(by_length, self.val_batch_size or self.batch_size, *self.rank_and_ranks)
-        return row_loader(_Split(self, self.asked_fields), order, self.num_workers)
+        return self._asked_loader(self.max_val_examples)
 
     def test_dataloader(self) -> Loader:
-        return self.val_dataloader()
+        return self._asked_loader(None)
 
     def predict_dataloader(self) -> Loader:
-        return self.val_dataloader()
+        return self._asked_loader(None)
+
+    def _asked_loader(self, most: int | None) -> Loader:
+        rows_N = np.arange(len(self.asked_fields["input_ids"]))
+        if most is not None and most < len(self.asked):  # spread evenly over them
+            chosen = np.linspace(0, len(self.asked) - 1, most).round().astype(np.int64)
+            rows_N = np.flatnonzero(np.isin(self.examples_of_rows(self.asked_fields), chosen))
+        by_length_N = rows_N[np.argsort(self.costs(self.asked_fields)[rows_N], kind="stable")]
+        batch_size = self.val_batch_size or self.batch_size
+        rank, ranks = self.rank_and_ranks
+        mixed_N = batches_mixed(by_length_N, batch_size * ranks)
+        return row_loader(
+            _Split(self, self.asked_fields), HeldOutOrder(mixed_N, batch_size, rank, ranks), self.num_workers
+        )
+
+    def examples_of_rows(self, fields: Fields) -> np.ndarray:
+        """(N,) number of the example that each row is of."""
+        return np.arange(len(fields["input_ids"]))
 
     @property
     def pad_id(self) -> int:
@@ -272,6 +308,11 @@ class _Split:
 
     def __getitems__(self, numbers_and_examples: np.ndarray) -> Batch:
         return self.collate(self.fields, *numbers_and_examples)
+
+
+def _hash(key: str) -> int:
+    """64 bits."""
+    return int(hashlib.sha256(key.encode()).hexdigest()[:16], 16)
 
 
 def _listed(path: str | list[str]) -> list[str]:

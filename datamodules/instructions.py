@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 from datamodules.chat_template import Message
 from datamodules.columns import Column, find_columns
-from datamodules.completions import Completions, Learnt
+from datamodules.completions import Completions
 from datamodules.examples import Numbered
 from datamodules.files import BadRows
 from datamodules.library_functions import questions
@@ -24,65 +23,25 @@ class Instructions(Completions):
     """Instructions with answers, or conversations, from jsonl, json, csv, tsv or parquet.
 
     Args:
-        path: Files, folders or globs. Left out: questions about functions of the Python standard library.
-        val_path: Held-out examples, like `path`. Left out: a part of `path`.
-        predict_path: Prompts for `predict`, like `path` without answers.
-        val_fraction: Share of the examples to hold out, by a hash of their prompt.
         source_column: Column of the instruction, by name, or by number where there is no header. Left out: found by
             its name.
         context_column: Column of a text that the instruction is about. Left out: found by its name, if there is one.
         target_column: Column of the answer. Left out: found by its name.
         messages_column: Column of whole conversations: lists of {role, content} or {from, value}. Left out: found by
             its name, if there is one.
-        learn: answers, of a conversation all of them; the last_answer alone; or all, prompts too.
-        tokenizer: A folder, "vocab.json,merges.txt" or a Hub name. Left out: the model's own.
-        vocab_size: Ids of a tokenizer that is trained on these texts, where there is no model to begin with.
-        chat_template: File of a Jinja template. Left out: the tokenizer's own, else a plain one.
-        max_length: Tokens of a prompt with its answer, or of the prompt alone where an encoder reads it. The longest
-            message of a longer one is cut off at its end, and counted.
-        max_target_length: Tokens of an answer with its end; longer ones are cut off before their end and counted. Left
-            out: as max_length.
-        batch_size: Examples in a micro-batch of one rank.
-        val_batch_size: Examples in a batch of validation. Left out: as `batch_size`.
-        num_workers: Processes that load examples beside the training process.
-        on_bad_row: What to do with a row that cannot be read: stop with an error, or skip and count it.
-        cache_dir: Where tokens are kept. Left out: $XDG_CACHE_HOME or ~/.cache, and there lightning-lm-recipes.
-        seed: Decides the order of the examples, together with their number consumed.
-        allow_changed_data: Whether a checkpoint of other examples, tokenizer or seed may be gone on from.
     """
 
     def __init__(
         self,
-        path: str | list[str] | None = None,
-        val_path: str | list[str] | None = None,
-        predict_path: str | list[str] | None = None,
-        val_fraction: float = 0.1,
+        *,
         source_column: str | None = None,
         context_column: str | None = None,
         target_column: str | None = None,
         messages_column: str | None = None,
-        learn: Learnt = "answers",
-        tokenizer: str | None = None,
-        vocab_size: int = 4096,
-        chat_template: str | None = None,
         max_length: int = 512,
-        max_target_length: int | None = None,
-        batch_size: int = 16,
-        val_batch_size: int | None = None,
-        num_workers: int = 0,
-        on_bad_row: Literal["error", "skip"] = "error",
-        cache_dir: str | None = None,
-        seed: int = 0,
-        allow_changed_data: bool = False,
+        **settings: object,
     ):
-        shared = (tokenizer, max_length, batch_size, val_batch_size, num_workers, on_bad_row, cache_dir, seed)
-        super().__init__(
-            *(path, val_path, predict_path, val_fraction, *shared, allow_changed_data),
-            max_target_length=max_target_length,
-            vocab_size=vocab_size,
-            chat_template=chat_template,
-            learn=learn,
-        )
+        super().__init__(max_length=max_length, **settings)
         self.source_column, self.context_column, self.target_column = source_column, context_column, target_column
         self.messages_column = messages_column
         self.columns: dict[str, str] = {}

@@ -27,52 +27,27 @@ class Labelled(Examples):
     """Texts with labels, from csv, tsv, jsonl, json or parquet.
 
     Args:
-        path: Files, folders or globs. Left out: functions of the Python standard library, labelled by their package.
-        val_path: Held-out examples, like `path`. Left out: a part of `path`.
-        predict_path: Examples for `predict`, like `path` without labels.
-        val_fraction: Share of the examples to hold out, by a hash of their text.
         text_column: Column of the text, by name, or by number where there is no header. Left out: found by its name.
         pair_column: Column of a second text. Left out: found by its name, if there is one.
         label_column: Column of the label. Left out: found by its name.
         label_kind: one label, several (a list in json, separated by `label_separator` elsewhere), or a number to
             predict. Left out: several where labels are lists, a number where one of them has a decimal point.
         label_separator: Between several labels in csv and tsv.
-        tokenizer: A folder, "vocab.json,merges.txt" or a Hub name. Left out: the model's own.
-        max_length: Tokens of an example; longer ones are cut off and counted.
-        batch_size: Examples in a micro-batch of one rank.
-        val_batch_size: Examples in a batch of validation. Left out: as `batch_size`.
-        num_workers: Processes that load examples beside the training process.
-        on_bad_row: What to do with a row that cannot be read: stop with an error, or skip and count it.
-        cache_dir: Where tokens are kept. Left out: $XDG_CACHE_HOME or ~/.cache, and there lightning-lm-recipes.
-        seed: Decides the order of the examples, together with their number consumed.
-        allow_changed_data: Whether a checkpoint of other examples, tokenizer or seed may be gone on from.
     """
 
     objective = "labels"
 
     def __init__(
         self,
-        path: str | list[str] | None = None,
-        val_path: str | list[str] | None = None,
-        predict_path: str | list[str] | None = None,
-        val_fraction: float = 0.1,
+        *,
         text_column: str | None = None,
         pair_column: str | None = None,
         label_column: str | None = None,
         label_kind: Kind | None = None,
         label_separator: str = ",",
-        tokenizer: str | None = None,
-        max_length: int = 256,
-        batch_size: int = 16,
-        val_batch_size: int | None = None,
-        num_workers: int = 0,
-        on_bad_row: Literal["error", "skip"] = "error",
-        cache_dir: str | None = None,
-        seed: int = 0,
-        allow_changed_data: bool = False,
+        **settings: object,
     ):
-        shared = (tokenizer, max_length, batch_size, val_batch_size, num_workers, on_bad_row, cache_dir, seed)
-        super().__init__(path, val_path, predict_path, val_fraction, *shared, allow_changed_data)
+        super().__init__(**settings)
         self.text_column, self.pair_column, self.label_column = text_column, pair_column, label_column
         self.asked_kind, self.label_separator = label_kind, label_separator
         self.columns: dict[str, str] = {}

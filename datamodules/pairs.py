@@ -24,61 +24,25 @@ class Pairs(Completions):
     Args:
         path: Files, folders or globs of rows, or two text files with a line for each source and each target, as
             "train.en,train.de". Left out: functions of the Python standard library.
-        val_path: Held-out examples, like `path`. Left out: a part of `path`.
-        predict_path: Sources for `predict`, like `path` without targets.
-        val_fraction: Share of the examples to hold out, by a hash of their source.
         source_column: Column of the source, by name, or by number where there is no header. Left out: found by its
             name.
         target_column: Column of the target, or of a list of right ones. Left out: found by its name.
         builtin_task: Without a path: describe (a docstring to the signature of its function) or document (a function
             to its docstring).
         prefix: Stands before each source, as "translate English to German: ".
-        tokenizer: A folder, "vocab.json,merges.txt" or a Hub name. Left out: the model's own.
-        vocab_size: Ids of a tokenizer that is trained on both sides, where there is no model to begin with.
-        chat_template: File of a Jinja template for decoders. Left out: the tokenizer's own, else a plain one.
-        max_length: Tokens of a source, for a decoder together with its target. Longer sources are cut off at their
-            end, and counted.
-        max_target_length: Tokens of a target with its end; longer ones are cut off before their end and counted. Left
-            out: as max_length.
-        batch_size: Examples in a micro-batch of one rank.
-        val_batch_size: Examples in a batch of validation. Left out: as `batch_size`.
-        num_workers: Processes that load examples beside the training process.
-        on_bad_row: What to do with a row that cannot be read: stop with an error, or skip and count it.
-        cache_dir: Where tokens are kept. Left out: $XDG_CACHE_HOME or ~/.cache, and there lightning-lm-recipes.
-        seed: Decides the order of the examples, together with their number consumed.
-        allow_changed_data: Whether a checkpoint of other examples, tokenizer or seed may be gone on from.
     """
 
     def __init__(
         self,
+        *,
         path: str | list[str] | None = None,
-        val_path: str | list[str] | None = None,
-        predict_path: str | list[str] | None = None,
-        val_fraction: float = 0.1,
         source_column: str | None = None,
         target_column: str | None = None,
         builtin_task: Literal["describe", "document"] = "describe",
         prefix: str = "",
-        tokenizer: str | None = None,
-        vocab_size: int = 4096,
-        chat_template: str | None = None,
-        max_length: int = 256,
-        max_target_length: int | None = None,
-        batch_size: int = 32,
-        val_batch_size: int | None = None,
-        num_workers: int = 0,
-        on_bad_row: Literal["error", "skip"] = "error",
-        cache_dir: str | None = None,
-        seed: int = 0,
-        allow_changed_data: bool = False,
+        **settings: object,
     ):
-        shared = (tokenizer, max_length, batch_size, val_batch_size, num_workers, on_bad_row, cache_dir, seed)
-        super().__init__(
-            *(path, val_path, predict_path, val_fraction, *shared, allow_changed_data),
-            max_target_length=max_target_length,
-            vocab_size=vocab_size,
-            chat_template=chat_template,
-        )
+        super().__init__(path=path, **settings)
         self.source_column, self.target_column = source_column, target_column
         self.builtin_task = builtin_task
         self.prefix = prefix

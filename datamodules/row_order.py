@@ -140,6 +140,14 @@ class TrainingOrder(Sampler[np.ndarray]):
             start = end
 
 
+def batches_mixed(rows_N: np.ndarray, batch_size: int) -> np.ndarray:
+    """(N,) the same rows with their batches in another fixed order, so that the first few are not all short ones."""
+    whole = len(rows_N) // batch_size
+    batches_GN = rows_N[: whole * batch_size].reshape(whole, batch_size)
+    mixed = Shuffled(max(1, whole), seed=0)(np.arange(whole))
+    return np.concatenate([batches_GN[mixed].ravel(), rows_N[whole * batch_size :]])
+
+
 class HeldOutOrder(Sampler[np.ndarray]):
     """Yields (2, B) int64 arrays: the rows in order, every `ranks`-th for a rank, each row exactly once over all."""
 

@@ -5,7 +5,7 @@ Shape suffixes: B windows in a batch, T tokens of the longest of them, N any cou
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch import from_numpy
@@ -44,51 +44,26 @@ class Spans(Examples):
     A context that is longer than the model's window is read in windows that overlap; a row of training is a window.
 
     Args:
-        path: Files, folders or globs. Left out: questions about default values in the Python standard library.
-        val_path: Held-out questions, like `path`. Left out: a part of `path`.
-        predict_path: Questions for `predict`, like `path` without answers.
-        val_fraction: Share to hold out, by a hash of the article's title, or of the context where there is none.
         question_column: Column of the question, in rows. Left out: found by its name.
         context_column: Column of the text. Left out: found by its name.
         answer_column: Column of the answers: a text, a list of them, {text, answer_start} or a list of such; nothing
             or an empty list where there is no answer. Left out: found by its name.
-        tokenizer: A folder, "vocab.json,merges.txt" or a Hub name; a fast one. Left out: the model's own.
-        max_length: Tokens of a window with its question.
         stride: Tokens of the context that a window shares with the one before.
-        batch_size: Windows in a micro-batch of one rank.
-        val_batch_size: Windows in a batch of validation. Left out: as `batch_size`.
-        num_workers: Processes that load examples beside the training process.
-        on_bad_row: What to do with a row that cannot be read: stop with an error, or skip and count it.
-        cache_dir: Where tokens are kept. Left out: $XDG_CACHE_HOME or ~/.cache, and there lightning-lm-recipes.
-        seed: Decides the order of the examples, together with their number consumed.
-        allow_changed_data: Whether a checkpoint of other examples, tokenizer or seed may be gone on from.
     """
 
     objective = "spans"
 
     def __init__(
         self,
-        path: str | list[str] | None = None,
-        val_path: str | list[str] | None = None,
-        predict_path: str | list[str] | None = None,
-        val_fraction: float = 0.1,
+        *,
         question_column: str | None = None,
         context_column: str | None = None,
         answer_column: str | None = None,
-        tokenizer: str | None = None,
-        max_length: int = 256,
         stride: int = 64,
-        batch_size: int = 16,
-        val_batch_size: int | None = None,
-        num_workers: int = 0,
-        on_bad_row: Literal["error", "skip"] = "error",
-        cache_dir: str | None = None,
-        seed: int = 0,
-        allow_changed_data: bool = False,
+        **settings: object,
     ):
-        shared = (tokenizer, max_length, batch_size, val_batch_size, num_workers, on_bad_row, cache_dir, seed)
-        super().__init__(path, val_path, predict_path, val_fraction, *shared, allow_changed_data)
-        if not 0 <= stride < max_length // 2:
+        super().__init__(**settings)
+        if not 0 <= stride < self.max_length // 2:
             raise ValueError(f"--data.stride is {stride}; it must be 0 or more and less than half of --data.max_length")
         self.question_column, self.context_column = question_column, context_column
         self.answer_column = answer_column
@@ -192,6 +167,9 @@ class Spans(Examples):
             "not_in_context": bad_rows.notes["not in context"],
         }
         return *fields, about
+
+    def examples_of_rows(self, fields: Fields) -> np.ndarray:
+        return np.asarray(fields["example"])
 
     def encode_asked(self, rows: list[Record]) -> Fields:
         return self._fields(rows)

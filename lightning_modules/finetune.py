@@ -127,7 +127,8 @@ class FineTune(ScheduledStep):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         fields = self.head_fields()
-        self._require_monitors()
+        if data.has_answers:
+            self._require_monitors()
         if self.dropout is not None:
             ends = ("dropout", "_pdrop", "dropout_prob", "dropout_rate")
             fields |= {name: self.dropout for name in vars(self.base_config) if name.endswith(ends)}

@@ -206,7 +206,7 @@ def best_of_each_text(spans: list[Span], context: str) -> list[tuple[str, float]
     """Texts with the score of their best span, the best first."""
     texts: dict[str, float] = {}
     for span in spans:
-        texts.setdefault(context[span.start : span.end], span.score)
+        texts.setdefault(context[span.start : span.end].strip(), span.score)
     return list(texts.items())
 
 

@@ -17,6 +17,7 @@ class Translation(Completion):
         super().__init__(num_beams=num_beams, **settings)
         from sacrebleu.metrics import BLEU, CHRF
 
+        self.signatures = "not yet measured"
         try:
             self.bleu, self.chrf = BLEU(tokenize=bleu_tokenizer), CHRF()
         except ValueError:
@@ -24,10 +25,7 @@ class Translation(Completion):
 
     @property
     def units(self) -> str:
-        return (
-            Completion.units + f"`val_bleu` is SacreBLEU ({self.bleu.get_signature()}) and `val_chrf` chrF "
-            f"({self.chrf.get_signature()}), both 0 to 100."
-        )
+        return Completion.units + f"`val_bleu` is SacreBLEU and `val_chrf` chrF, both 0 to 100 ({self.signatures})."
 
     def score_names(self) -> list[str]:
         return ["bleu", "chrf"]
@@ -35,10 +33,10 @@ class Translation(Completion):
     def scores(self, written: list[str], references: list[list[str]]) -> Scores:
         most = max(map(len, references))
         streams = [[right[i] if i < len(right) else None for right in references] for i in range(most)]
-        return {name: metric.corpus_score(written, streams).score for name, metric in self._metrics()}
-
-    def _metrics(self) -> list[tuple[str, object]]:
-        return [("bleu", self.bleu), ("chrf", self.chrf)]
+        metrics = {"bleu": self.bleu, "chrf": self.chrf}
+        found = {name: metric.corpus_score(written, streams).score for name, metric in metrics.items()}
+        self.signatures = "; ".join(f"{name} {metric.get_signature()}" for name, metric in metrics.items())
+        return found
 
     def row_score(self, written: str, references: Sequence[str]) -> float:
         return self.chrf.sentence_score(written, references).score / 100

@@ -1,5 +1,6 @@
 """Toy runs for the tests: offline, one thread, seconds."""
 
+import csv
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lightning.pytorch import Trainer
 
 from datamodules.text import Text
 from lightning_modules.pretrain import CausalLM
+from tests.finetuning import WORDS, pretrained, sentences
 
 torch.set_num_threads(1)
 
@@ -54,3 +56,34 @@ def toy(corpus):
         return Trainer(**(quiet | runs | (trainer or {}))), module(architecture, **settings), text
 
     return make
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reviews")
+    for name, count, seed in (("train.csv", 400, 0), ("val.csv", 81, 1)):
+        with (folder / name).open("w", newline="") as file:
+            csv.writer(file).writerows([("review", "sentiment"), *sentences(count, seed)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory) -> Path:
+    return pretrained(tmp_path_factory.mktemp("encoder"), "masked")
+
+
+@pytest.fixture(scope="session")
+def decoder(tmp_path_factory) -> Path:
+    return pretrained(tmp_path_factory.mktemp("decoder"), "causal")
+
+
+@pytest.fixture(scope="session")
+def word_pieces(tmp_path_factory) -> Path:
+    """As BERT's: [CLS] question [SEP] context [SEP]."""
+    from transformers import BertTokenizer
+
+    folder = tmp_path_factory.mktemp("pieces")
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789?"
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters, *(f"##{c}" for c in letters)]
+    BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}).save_pretrained(folder)
+    return folder

@@ -1,11 +1,7 @@
 """Fine-tuning to labels: the same step however it is cut, the same model wherever it is loaded."""
 
-import csv
 import json
-import random
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,69 +10,15 @@ import torch.nn.functional as F
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
     BertForMaskedLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     pipeline,
 )
 
 from datamodules.labelled import Labelled
-from datamodules.tokenization import bpe_tokenizer
 from lightning_modules.classification import Classification
 from lightning_modules.finetune import starting_folder
-from tests.faults import command, kill_group, signal_at, state
-
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "recipes" / "finetune.py"
-GOOD, BAD = ("fine", "lovely", "bright", "warm"), ("dull", "grey", "cold", "tired")
-
-
-def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Of several lengths, and whether they are good."""
-    rng, rows = random.Random(seed), []
-    for i in range(count):
-        words = [rng.choice(("the", "film", "was", "and", "its", "end", f"no{i}")) for _ in range(rng.randrange(3, 30))]
-        label = rng.choice(("good", "bad"))
-        for _ in range(3):
-            words.insert(rng.randrange(len(words)), rng.choice(GOOD if label == "good" else BAD))
-        rows.append((" ".join(words), label))
-    return rows
-
-
-@pytest.fixture(scope="session")
-def reviews(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("reviews")
-    for name, count, seed in (("train.csv", 400, 0), ("val.csv", 81, 1)):
-        with (folder / name).open("w", newline="") as file:
-            csv.writer(file).writerows([("review", "sentiment"), *sentences(count, seed)])
-    return folder
-
-
-def pretrained(folder: Path, objective: str) -> Path:
-    """A folder with a small language model and its tokenizer, as pretraining leaves it."""
-    texts = [text for text, _ in sentences(200)]
-    tokenizer = bpe_tokenizer(texts, sum(map(len, texts)), 400, objective)
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    small |= {"vocab_size": len(tokenizer), "initializer_range": 0.2}  # weights as large as trained ones
-    torch.manual_seed(0)
-    if objective == "masked":
-        network = BertForMaskedLM(BertConfig(pad_token_id=tokenizer.pad_token_id, **small))
-    else:
-        network = LlamaForCausalLM(LlamaConfig(**small))
-    for part in (network, tokenizer):
-        part.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def encoder(tmp_path_factory) -> Path:
-    return pretrained(tmp_path_factory.mktemp("encoder"), "masked")
-
-
-@pytest.fixture(scope="session")
-def decoder(tmp_path_factory) -> Path:
-    return pretrained(tmp_path_factory.mktemp("decoder"), "causal")
+from tests.faults import signal_at, state
+from tests.finetuning import as_command, refused, run, sentences
 
 
 def flags_of(folder: Path, reviews: Path, model: Path, **flags: object) -> list[str]:
@@ -95,24 +37,9 @@ def flags_of(folder: Path, reviews: Path, model: Path, **flags: object) -> list[
     return [f"--{name}={value}" for name, value in chosen.items() if value is not None]
 
 
-def run(verb: str, *flags: str) -> None:
-    old, sys.argv = sys.argv, [str(SCRIPT), verb, *flags]
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        sys.argv = old
-
-
 def fit(folder: Path, *arguments: object, **flags: object) -> dict:
     run("fit", *flags_of(folder, *arguments, **flags))
     return json.loads((folder / "summary.json").read_text())
-
-
-def refused(capsys, *flags: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run("fit", *flags)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 # From a file to a model folder
@@ -178,7 +105,7 @@ def network_of(encoder: Path, reviews: Path, **settings: object):
 
     from lightning_modules.classification import Classification
 
-    data = Labelled(str(reviews / "train.csv"), str(reviews / "val.csv"), batch_size=16)
+    data = Labelled(path=str(reviews / "train.csv"), val_path=str(reviews / "val.csv"), batch_size=16)
     module = Classification(from_=str(encoder), **settings)
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.datamodule = data
@@ -280,16 +207,6 @@ ONE = {
     "trainer.val_check_interval": 40,
 }
 EXACT = {"trainer.max_steps": 40, "trainer.max_epochs": None, "ckpt_path": "last", "recovery.every_n_steps": 7}
-
-
-def as_command(folder: Path, flags: list[str], *more: str) -> int:
-    process = command(["fit", "--allow_import=tests", *flags, *more], folder / "log", [sys.executable], script=SCRIPT)
-    try:
-        code = process.wait(120)
-    finally:
-        kill_group(process)
-    print((folder / "log").read_text()[-2000:])
-    return code
 
 
 def test_two_ranks_are_two_micro_batches_and_a_terminated_run_goes_on_as_either(encoder, reviews, tmp_path):

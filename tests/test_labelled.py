@@ -32,7 +32,7 @@ def read(tmp_path, words):
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
         if "val_path" not in settings:
             settings["val_path"] = str(file)
-        data = Labelled(str(file), tokenizer=words, cache_dir=str(tmp_path / "cache"), **settings)
+        data = Labelled(path=str(file), tokenizer=words, cache_dir=str(tmp_path / "cache"), **settings)
         data.prepare_data()
         data.setup("fit")
         return data
