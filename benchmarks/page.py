@@ -1,7 +1,8 @@
 """Tables with goals beside their figures, on the terminal and as a page of docs/."""
 
+import json
 import platform
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -47,8 +48,8 @@ class Table:
     notes: str = ""
     goals: list[Goal] = field(default_factory=list)
 
-    def markdown(self) -> str:
-        parts = [f"## {self.title}", f"`{self.command}`", _markdown_table(self.columns, self.rows)]
+    def markdown(self, when: str) -> str:
+        parts = [f"## {self.title}", f"`{self.command}`, {when}", _markdown_table(self.columns, self.rows)]
         if self.notes:
             parts.append(self.notes)
         if self.goals:
@@ -74,22 +75,34 @@ def _markdown_table(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def write(file: Path, tables: list[Table], command: str, threads: int) -> None:
-    """The page: machine, date, versions, goals, then each table."""
+def write(file: Path, tables: list[Table], threads: int) -> None:
+    """The page: machine, versions, goals, then each table with its day. A table that was measured before stays until
+    it is measured again: `file` with .json for a suffix keeps them."""
+    memory = file.with_suffix(".json")
+    kept: dict[str, dict] = json.loads(memory.read_text()) if memory.exists() else {}
+    machine = f"{hardware.describe().rpartition(', ')[0] or hardware.describe()}, {threads} cores, {platform.system()}"
+    for table in tables:
+        kept[table.title] = asdict(table) | {"day": date.today().isoformat(), "machine": machine}
+    file.parent.mkdir(exist_ok=True)
+    memory.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    known = []
+    for fields in kept.values():
+        day, where = fields.pop("day"), fields.pop("machine")
+        table = Table(**(fields | {"goals": [Goal(**goal) for goal in fields["goals"]]}))
+        known.append((table, day if where == machine else f"{day}, {where}"))
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     head = f"""# Benchmarks
 
-Written by `{command}` on {date.today().isoformat()}; do not edit.
+Written by `benchmarks/run.py`; do not edit.
 
-Machine: {hardware.describe().rpartition(", ")[0] or hardware.describe()}, {threads} cores, {platform.system()}.
+Machine: {machine}.
 Python {platform.python_version()}, {versions}.
 
 Figures are medians; in brackets the quartiles. Rows of one table were run in turns, a few steps each, so that a change
 in the machine's speed meets all of them."""
-    goals = [[*goal.cells(), f"[{table.title}](#{_anchor(table.title)})"] for table in tables for goal in table.goals]
+    goals = [[*goal.cells(), f"[{table.title}](#{_anchor(table.title)})"] for table, _ in known for goal in table.goals]
     summary = "## Goals\n\n" + _markdown_table(["goal", "limit", "measured", "", "table"], goals) if goals else ""
-    parts = [head, summary, *(table.markdown() for table in tables)]
-    file.parent.mkdir(exist_ok=True)
+    parts = [head, summary, *(table.markdown(when) for table, when in known)]
     file.write_text("\n\n".join(part for part in parts if part) + "\n")
 
 

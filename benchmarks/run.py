@@ -4,6 +4,7 @@ Run:
     python benchmarks/run.py                                      about 25 minutes on 2 cores
     python benchmarks/run.py --only training --quick              a part, in a minute; writes no page
     python benchmarks/run.py --only time_to_loss --data.path input.txt
+    python benchmarks/run.py --only tasks --page docs/benchmarks.md           fine-tuning on real data, an hour
     python benchmarks/run.py --gpu                                on a CUDA device; writes docs/benchmarks_gpu.md
 """
 
@@ -23,6 +24,7 @@ import fused_loss
 import gpu
 import layer
 import startup
+import tasks
 import time_to_loss
 import torch
 import training
@@ -30,11 +32,13 @@ from page import ROOT, Table, write
 from sizes import GPT2, MIDDLE, SMALL
 
 PARTS = ("training", "layer", "fused_loss", "cpu_kernels", "time_to_loss", "encoding", "loading", "startup")
+LONG = ("tasks",)
+"""Parts that run only when they are named."""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts alone, and no page unless --page")
+    parser.add_argument("--only", nargs="+", choices=PARTS + LONG, help="these parts alone, and no page unless --page")
     parser.add_argument("--quick", action="store_true", help="few rounds, one thread, small sizes: does it run?")
     parser.add_argument("--gpu", action="store_true", help="the table of CUDA devices")
     parser.add_argument("--compile", choices=("none", "small", "all"), default="small", help="sizes with compiled rows")
@@ -44,6 +48,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--turn_seconds", type=float, default=1.5)
     parser.add_argument("--seeds", type=int, default=3, help="of time_to_loss")
     parser.add_argument("--data.path", dest="text", help="tinyshakespeare's input.txt")
+    parser.add_argument("--tasks", nargs="+", choices=[group.name for group in tasks.GROUPS], help="of tasks")
+    parser.add_argument("--data_folder", type=Path, default=ROOT / "../shared/data", help="where the data of tasks are")
     parser.add_argument("--page", type=Path, help="where to write the page")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -82,6 +88,8 @@ def measured(options: argparse.Namespace) -> Iterator[list[Table]]:
         yield [data_tables.encoding(1 if options.quick else 3)]
     if "loading" in wanted:
         yield [data_tables.loading(sizes, options.rounds, trained)]
+    if "tasks" in wanted:
+        yield from ([table] for table in tasks.tables(options.tasks, options.data_folder))
     if "startup" in wanted:
         yield startup.tables(1 if options.quick else 5)
 
@@ -124,14 +132,13 @@ def main(arguments: list[str] | None = None) -> None:
     page = options.page
     if page is None and not options.only and not options.quick:
         page = ROOT / "docs" / ("benchmarks_gpu.md" if options.gpu else "benchmarks.md")
-    command = "make bench-gpu" if options.gpu else "make bench"
     tables: list[Table] = []
     for part in measured_on_gpu(options) if options.gpu else measured(options):
         for table in part:
             table.print()
         tables += part
         if page is not None:  # after each part: what was measured is kept if the next one fails
-            write(page, tables, command, os.cpu_count() or 1)
+            write(page, tables, os.cpu_count() or 1)
 
 
 if __name__ == "__main__":
