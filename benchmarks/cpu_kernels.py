@@ -5,7 +5,7 @@ Run:
     OMP_NUM_THREADS=1 python benchmarks/cpu_kernels.py --rounds 20
 
 Attention over 2,048 tokens in rows of 64 to 1,024, 6 heads of 64; RMSNorm over the same tokens, 384 wide, beside
-transformers' LlamaRMSNorm.
+transformers' LlamaRMSNorm; attention with dropout, as encoders have it.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from lightning_modules import cpu_kernels
 
 TOKENS, HEADS, HEAD_SIZE = 2048, 6, 64
+DROPPED_LENGTH = 128
 BF16, FLOAT32 = torch.bfloat16, torch.float32
 
 
@@ -59,6 +60,18 @@ def attention_works(seq_len: int) -> dict[str, Callable[[], Tensor]]:
     }
 
 
+def dropped_works(seq_len: int) -> dict[str, Callable[[], Tensor]]:
+    """An encoder's attention: both sides are seen, some of the probabilities are dropped."""
+    layer = CausalLayer()
+    shape = (TOKENS // seq_len, HEADS, seq_len, HEAD_SIZE)
+    low, high = ([torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)] for dtype in (BF16, FLOAT32))
+    return {
+        "ours, bf16": lambda: cpu_kernels.attention(layer, *low, None, dropout=0.1, is_causal=False)[0],
+        "SDPA, bf16": lambda: F.scaled_dot_product_attention(*low, dropout_p=0.1),
+        "SDPA, float32": lambda: F.scaled_dot_product_attention(*high, dropout_p=0.1),
+    }
+
+
 def norm_works(width: int) -> dict[str, Callable[[], Tensor]]:
     theirs = {dtype: LlamaRMSNorm(width).to(dtype) for dtype in (BF16, FLOAT32)}
     x = {dtype: torch.randn(TOKENS, width).to(dtype).requires_grad_() for dtype in (BF16, FLOAT32)}
@@ -87,9 +100,15 @@ def tables(rounds: int) -> list[Table]:
         ],
     )
     times = milliseconds(norm_works(HEADS * HEAD_SIZE), rounds)
+    norm = of_ours(f"RMSNorm, {TOKENS:,} tokens × {HEADS * HEAD_SIZE}{about}", command, times)
+    times = milliseconds(dropped_works(DROPPED_LENGTH), rounds)
+    title = f"Attention with dropout, {TOKENS:,} tokens in rows of {DROPPED_LENGTH}, {HEADS} heads × {HEAD_SIZE}{about}"
+    return [attention, norm, of_ours(title, command, times)]
+
+
+def of_ours(title: str, command: str, times: dict[str, float]) -> Table:
     rows = [[name, f"{ms:.3f}", f"{ms / times['ours, bf16']:.2f}"] for name, ms in times.items()]
-    norm = Table(f"RMSNorm, {TOKENS:,} tokens × {HEADS * HEAD_SIZE}{about}", command, ["", "ms", "of ours"], rows)
-    return [attention, norm]
+    return Table(title, command, ["", "ms", "of ours"], rows)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import cpu_kernels
 import data_tables
+import finetuning
 import fused_loss
 import gpu
 import layer
@@ -31,7 +32,17 @@ import training
 from page import ROOT, Table, write
 from sizes import GPT2, MIDDLE, SMALL
 
-PARTS = ("training", "layer", "fused_loss", "cpu_kernels", "time_to_loss", "encoding", "loading", "startup")
+PARTS = (
+    "training",
+    "layer",
+    "finetuning",
+    "fused_loss",
+    "cpu_kernels",
+    "time_to_loss",
+    "encoding",
+    "loading",
+    "startup",
+)
 LONG = ("tasks",)
 """Parts that run only when they are named."""
 
@@ -74,6 +85,8 @@ def measured(options: argparse.Namespace) -> Iterator[list[Table]]:
         threads = options.threads or sorted({1, cores})
         yield [layer.steps([s for s in sizes if s != GPT2], threads, options.rounds, options.turn_seconds / 2)]
         yield [layer.checkpoints(1_000_000 if options.quick else 124_000_000, options.rounds)]
+    if "finetuning" in wanted:
+        yield from ([table] for table in finetuning.tables(options.data_folder, cores, min(options.rounds, 3)))
     if "fused_loss" in wanted:
         yield fused_loss.tables(1 if options.quick else 3, cores)
     if "cpu_kernels" in wanted:

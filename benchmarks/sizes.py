@@ -78,6 +78,13 @@ class Job:
     compile: bool = False
     best_settings: bool = False
     """Of transformers' Trainer."""
+    task: str = ""
+    """Of fine-tuning: labels or spans; empty where a size is pretrained."""
+    data_file: str = ""
+    model: str = ""
+    """Folder of the model to begin with."""
+    by_length: bool = False
+    """Whether the Trainer puts examples of one length beside each other."""
     commands: int = -1
     """File descriptors of the turns."""
     answers: int = -1

@@ -103,8 +103,8 @@ GROUPS = (
                 "encoder-decoder, joint BPE of 8,000",
                 "--model.from new --data.path {data}/train.en,{data}/train.de "
                 "--data.val_path {data}/val.en,{data}/val.de --data.vocab_size 8000 --data.val_batch_size 64 "
-                "--model.label_smoothing 0.1 --model.architecture.dropout 0.2 --trainer.max_epochs 6 --trainer.max_time null "
-                "--trainer.val_check_interval 1.0 --trainer.check_val_every_n_epoch 2",
+                "--model.label_smoothing 0.1 --model.architecture.dropout 0.2 --trainer.max_epochs 6 "
+                "--trainer.max_time null --trainer.val_check_interval 1.0 --trainer.check_val_every_n_epoch 2",
                 at_least=25,
             ),
         ),
