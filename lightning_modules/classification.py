@@ -91,7 +91,7 @@ class Classification(FineTune):
         inputs = {name: batch[name] for name in names if name in batch}
         if "use_cache" in vars(self.plain_network.config):
             inputs["use_cache"] = False
-        return (network or self.network)(**inputs).logits.float()
+        return (network or self.plain_network)(**inputs).logits.float()
 
     def loss(self, batch: dict[str, Tensor], divisor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         return self.loss_of(self.logits(batch), batch, divisor)

@@ -109,11 +109,11 @@ class Completion(FineTune):
         return inputs | {"decoder_input_ids": shifted_BU, "use_cache": False}
 
     def loss(self, batch: dict[str, Tensor], divisor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        return self.token_loss(partial(self.network, **self.inputs(batch)), batch["labels"], divisor)
+        return self.token_loss(partial(self.plain_network, **self.inputs(batch)), batch["labels"], divisor)
 
     def logits(self, batch: dict[str, Tensor], network: PreTrainedModel | None = None) -> Tensor:
         """(B, T, V), of an encoder-decoder (B, U, V); of another network than the module's own, if one is given."""
-        return (network or self.network)(**self.inputs(batch)).logits.float()
+        return (network or self.plain_network)(**self.inputs(batch)).logits.float()
 
     def counted_tokens(self, batch: dict[str, Tensor]) -> Tensor:
         read = super().counted_tokens(batch)

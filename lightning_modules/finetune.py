@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from jsonargparse import lazy_instance
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.cli import OptimizerCallable
 from safetensors import SafetensorError
 from torch import Tensor
@@ -126,6 +127,11 @@ class FineTune(ScheduledStep):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        if self.low_precision and any(isinstance(callback, BaseFinetuning) for callback in self.trainer.callbacks):
+            raise ValueError(
+                "a callback adds weights to the optimizer in the middle of the run, which the float32 masters of "
+                "bf16-true do not follow; pass --trainer.precision bf16-mixed or 32-true"
+            )
         fields = self.head_fields()
         if data.has_answers:
             self._require_monitors()
@@ -142,8 +148,9 @@ class FineTune(ScheduledStep):
                 network.base_model.requires_grad_(False)
             if self.adapter is not None:
                 network = self.adapter.added_to(network, auto_class)
-        self.prepare(network if self.adapter is None else network.base_model.model)
-        self.make_fast(network)
+        plain = network if self.adapter is None else network.base_model.model
+        self.prepare(plain)
+        self.make_fast(plain)
         self.network = network.train()
 
     def _require_monitors(self) -> None:
@@ -169,6 +176,7 @@ class FineTune(ScheduledStep):
 
     def _loaded(self, auto_class: type, fields: dict[str, object]) -> PreTrainedModel:
         settings = {"dtype": torch.float32, "output_loading_info": True}
+        settings |= {} if self.adapter is None else self.adapter.loading()
         try:
             # A head of another number of labels is made anew.
             network, info = auto_class.from_pretrained(self.start, ignore_mismatched_sizes=True, **settings, **fields)
@@ -203,17 +211,24 @@ class FineTune(ScheduledStep):
 
     @property
     def backbone(self) -> torch.nn.Module:
-        """What Lightning's BackboneFinetuning freezes and thaws."""
+        """What Lightning's BackboneFinetuning freezes and thaws; it asks before it is time to make the network."""
+        self.configure_model()
         return self.plain_network.base_model
 
     @property
     def plain_network(self) -> PreTrainedModel:
-        """Without the adapter's wrapping, but with its weights."""
+        """Without the adapter's wrapping, but with its weights: peft's own forward for questions leaves out
+        token_type_ids."""
         return self.network if self.adapter is None else self.network.base_model.model
 
     def exported(self) -> PreTrainedModel:
         """With an adapter, the network that it adds up to."""
-        return self.network if self.adapter is None else copy.deepcopy(self.network).float().merge_and_unload()
+        if self.adapter is None:
+            return self.network
+        if self.adapter.bits is None:
+            return copy.deepcopy(self.network).float().merge_and_unload()
+        base = self.auto_class.from_pretrained(self.start, dtype=torch.float32, **self.head_fields())
+        return self.adapter.merged(self.network, base, self.auto_class)
 
     def save_beside(self, folder: Path) -> None:
         """The adapter alone, as peft loads it onto the model it began with."""

@@ -78,7 +78,7 @@ class QuestionAnswering(FineTune):
     def logits(self, batch: dict[str, Tensor], network: PreTrainedModel | None = None) -> Tensor:
         """(B, T, 2) float32, of an answer's first and last token; -inf where neither can be."""
         names = ("input_ids", "attention_mask", "token_type_ids")
-        found = (network or self.network)(**{name: batch[name] for name in names if name in batch})
+        found = (network or self.plain_network)(**{name: batch[name] for name in names if name in batch})
         logits_BT2 = torch.stack([found.start_logits, found.end_logits], -1).float()
         return logits_BT2.masked_fill(~self.allowed(batch)[..., None], -torch.inf)
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import OptimizerCallable
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lightning_modules import cpu_kernels, hardware
@@ -15,6 +15,13 @@ from lightning_modules.exact_step import ExactStep
 from lightning_modules.optim import Float32Master, adamw, parameter_groups
 from lightning_modules.precision import BF16Weights
 from lightning_modules.schedules import Cosine, Schedule
+
+
+class LRsOfTheStart(LambdaLR):
+    """Leaves the groups alone that a callback adds later, such as BackboneFinetuning, which sets their rate itself."""
+
+    def get_lr(self) -> list[float]:
+        return super().get_lr() + [group["lr"] for group in self.optimizer.param_groups[len(self.base_lrs) :]]
 
 
 class ScheduledStep(ExactStep):
@@ -76,9 +83,7 @@ class ScheduledStep(ExactStep):
     def configure_optimizers(self) -> dict:
         groups = parameter_groups(self.network)
         optimizer = Float32Master(groups, self.optimizer) if self.low_precision else self.optimizer(groups)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.schedule.factor(step, self.progress())
-        )
+        scheduler = LRsOfTheStart(optimizer, lambda step: self.schedule.factor(step, self.progress()))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:

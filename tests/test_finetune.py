@@ -155,6 +155,19 @@ def test_a_frozen_backbone_stays_as_it_was(encoder, reviews, tmp_path):
     assert len(same) > 10 and all(torch.equal(before[name], after[name]) for name in same)
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_lightnings_own_callback_thaws_the_backbone(epochs, encoder, reviews, tmp_path, capsys):
+    thaw = {"class_path": "BackboneFinetuning", "init_args": {"unfreeze_backbone_at_epoch": 1}}
+    flags = flags_of(tmp_path, reviews, encoder, **{"trainer.max_epochs": epochs})
+    run("fit", *flags, f"--trainer.callbacks+={json.dumps(thaw)}")
+    before = BertForMaskedLM.from_pretrained(encoder).bert.state_dict()
+    after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").bert.state_dict()
+    same = [torch.equal(before[name], after[name]) for name in before if name in after and "weight" in name]
+    assert all(same) if epochs == 1 else not any(same[:5])
+    flags = flags_of(tmp_path / "low", reviews, encoder, **{"trainer.precision": "bf16-true"})
+    assert "pass --trainer.precision bf16-mixed" in refused(capsys, *flags, f"--trainer.callbacks+={json.dumps(thaw)}")
+
+
 # Exact
 
 
