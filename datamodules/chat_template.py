@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
@@ -37,14 +36,12 @@ def with_template(tokenizer: PreTrainedTokenizerBase, asked: str | None) -> None
 
 def prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
     """What stands before the next answer."""
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses {[m['role'] for m in messages]}: {error}") from None
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def segments(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[Segment]:
-    """A conversation that ends with an answer, cut before and after each answer.
+    """A conversation that ends with an answer, cut before and after each answer. Raises jinja2.TemplateError where the
+    template refuses it.
 
     What stands between two answers is not rendered alone but cut out of the whole text, whatever the template does. Of
     a template that rewrites earlier turns only the last answer is an answer.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
+from jinja2 import TemplateError
 from torch import from_numpy
 from transformers import PreTrainedTokenizerBase
 
@@ -121,15 +122,26 @@ class Completions(Examples):
             for reference in record["references"]
         ]
         self.prompts_cut = self.answers_cut = 0
-        fields = [self._fields([record for _, record in examples]) for examples in (train, val)]
+        fields = [self._fields(examples, bad_rows) for examples in (train, val)]
         about = {"prompts_cut": self.prompts_cut, "answers_cut": self.answers_cut} | self.about()
         return *fields, about
 
     def encode_asked(self, rows: list[Record]) -> Fields:
-        return self._fields([row | {"references": [""]} for row in rows])
+        return self._fields([("", row | {"references": [""]}) for row in rows], BadRows(skip=False))
 
-    def _fields(self, rows: list[Record]) -> Fields:
-        found = list((self._apart if self.encodes_apart else self._together)(rows))
+    def _fields(self, examples: list[Numbered], bad_rows: BadRows) -> Fields:
+        """Takes conversations that the chat template refuses out of the list."""
+        found, known = [], []
+        if self.encodes_apart:
+            found = list(self._apart([record for _, record in examples]))
+        else:
+            for place, record in examples:
+                try:
+                    found.append(self._together(record))
+                    known.append((place, record))
+                except TemplateError as error:
+                    bad_rows.add(place.rpartition(":")[0], f"{place}: the chat template says: {error}")
+            examples[:] = known
         return {
             "input_ids": Ragged.of([example.input_ids for example in found]),
             "labels": Ragged.of([example.labels for example in found]),
@@ -154,17 +166,16 @@ class Completions(Examples):
             labels = self._shortened(answer, self.max_target_length)
             yield Encoded(ids, labels, len(ids), self._bytes(text, labels, len(answer)))
 
-    def _together(self, rows: list[Record]) -> Iterator[Encoded]:
-        for row in rows:
-            messages = [*self.conversation(row), {"role": "assistant", "content": row["references"][0]}]
-            pieces, tokens = self._fitted(messages)
-            ids = [token for piece in tokens for token in piece]
-            learnt = [self._is_learnt(pieces, i) for i in range(len(pieces)) for _ in tokens[i]]
-            labels = [token if is_learnt else IGNORED for token, is_learnt in zip(ids, learnt, strict=True)]
-            kept = [t for i, t in enumerate(tokens) if self._is_learnt(pieces, i)]
-            utf8_bytes = sum(len(self.tokenizer.decode(t, skip_special_tokens=True).encode()) for t in kept)
-            # The last token, an end of text, predicts nothing, and the first is predicted by nothing.
-            yield Encoded(ids[:-1], labels[1:], len(ids) - len(tokens[-1]), utf8_bytes)
+    def _together(self, row: Record) -> Encoded:
+        messages = [*self.conversation(row), {"role": "assistant", "content": row["references"][0]}]
+        pieces, tokens = self._fitted(messages)
+        ids = [token for piece in tokens for token in piece]
+        learnt = [self._is_learnt(pieces, i) for i in range(len(pieces)) for _ in tokens[i]]
+        labels = [token if is_learnt else IGNORED for token, is_learnt in zip(ids, learnt, strict=True)]
+        kept = [part for i, part in enumerate(tokens) if self._is_learnt(pieces, i)]
+        utf8_bytes = sum(len(self.tokenizer.decode(part, skip_special_tokens=True).encode()) for part in kept)
+        # The last token, an end of text, predicts nothing, and the first is predicted by nothing.
+        return Encoded(ids[:-1], labels[1:], len(ids) - len(tokens[-1]), utf8_bytes)
 
     def _fitted(self, messages: list[Message]) -> tuple[list[Segment], list[list[int]]]:
         """Segments and their tokens, at most max_length of them: the longest message before the answer is shortened,

@@ -15,8 +15,8 @@ class TextGeneration(Completion):
     """Instruction tuning."""
 
     units = (
-        Completion.units + f"`val_exact_match` is the part of the answers of at most {SHORT} words (or of what stands "
-        f"behind {FINAL}) that is right but for case, blanks and a final period; `val_chrf` is 0 to 100."
+        Completion.units + f"`val_exact_match`, 0 to 100, is the part of the answers of at most {SHORT} words (or of "
+        f"what stands behind {FINAL}) that is right but for case, blanks and a final period; `val_chrf` is 0 to 100."
     )
 
     def __init__(self, **settings: object):
@@ -38,7 +38,7 @@ class TextGeneration(Completion):
             for text, answers in zip(written, references, strict=True)
             if short_answer(answers[0]) is not None
         ]
-        return {"exact_match": sum(right) / len(right)} | found if right else found
+        return {"exact_match": 100 * sum(right) / len(right)} | found if right else found
 
     def row_score(self, written: str, references: Sequence[str]) -> float:
         if short_answer(references[0]) is not None:

@@ -4,6 +4,10 @@ Run:
     python recipes/finetune.py fit
     python recipes/finetune.py fit --data.path reviews.csv --model.from runs/mine
     python recipes/finetune.py fit --config recipes/finetune_sentiment.yaml --model.adapter.rank 16
+    python recipes/finetune.py fit --config recipes/finetune_text_generation.yaml
+    python recipes/finetune.py fit --config recipes/finetune_question_answering.yaml
+    python recipes/finetune.py fit --config recipes/finetune_translation.yaml
+    python recipes/finetune.py fit --config recipes/finetune_summarization.yaml
     python recipes/finetune.py verify
 """
 

@@ -145,6 +145,19 @@ def test_a_template_of_the_tokenizer_is_used_and_its_own_end_is_followed_by_the_
     assert data.shown(0)[0][0].startswith("<|im_start|>user\n")
 
 
+def test_a_conversation_that_the_template_refuses_is_told_or_counted(tokenizer, tmp_path):
+    (tmp_path / "strict.jinja").write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
+    )
+    file = jsonl(tmp_path, [{"messages": CHAT if i == 2 else CHAT[1:]} for i in range(9)])
+    settings = {"path": str(file), "val_path": str(file), "tokenizer": str(tokenizer)}
+    settings["chat_template"] = str(tmp_path / "strict.jinja")
+    with pytest.raises(ValueError, match="rows.jsonl:3: the chat template says: no system here; mend it, or leave"):
+        opened(Instructions(**settings))
+    data = opened(Instructions(**settings, on_bad_row="skip"))
+    assert len(data.store.records("train")) == 8 and sum(data.skipped_rows.values()) == 2
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_what_is_too_long_is_cut_and_counted_and_the_end_of_text_stays(apart, tokenizer, tmp_path):
     long = {"source": "a red dog runs " * 30, "target": "in the green park " * 30}

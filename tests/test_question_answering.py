@@ -50,8 +50,8 @@ def flags_of(folder: Path, reader: Path, questions: Path, **flags: object) -> li
     return [f"--{name}={value}" for name, value in chosen.items()]
 
 
-def predictions(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+def predictions(folder: Path, name: str = "predictions") -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
 def by_hand(network, tokenizer, question: str, context: str, may_be_none: bool) -> str:
@@ -120,8 +120,8 @@ def test_questions_of_new_files_are_answered(reader, questions, tmp_path, monkey
     run("fit", *flags_of(tmp_path, reader, questions, **{"trainer.max_steps": 2, "trainer.val_check_interval": 2}))
     (tmp_path / "asked.jsonl").write_text('{"question": "Which?", "context": "red stone, green castle"}\n')
     monkeypatch.chdir(tmp_path)
-    run("predict", "--config", "config.yaml", "--ckpt_path=checkpoints/last.ckpt", "--data.predict_path=asked.jsonl")
-    (row,) = predictions(tmp_path)
+    run("predict", "--config", "config.yaml", "--ckpt_path=last", "--data.predict_path=asked.jsonl")
+    (row,) = predictions(tmp_path, "predictions_new")
     assert row["prediction"] in row["context"] and "score" not in row and row["question"] == "Which?"
 
 

@@ -13,6 +13,7 @@ import pytest
 from transformers import BertConfig, BertForMaskedLM
 
 from datamodules.tokenization import bpe_tokenizer
+from tests.finetuning import run as finetune
 from tests.test_recipes import ROOT, SMALL, TOY, fit
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.py")), *sorted((ROOT / "recipes").glob("*.yaml"))]
@@ -46,6 +47,16 @@ def place(tmp_path_factory, corpus):
     tokenizer = bpe_tokenizer(lines, 2000, 300, "masked")
     for part in (BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **small)), tokenizer):
         part.save_pretrained(folder / "runs" / "mine" / "model")
+    chats = [{"question": f"Is {i} even?", "answer": "no" if i % 2 else "yes"} for i in range(60)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    (folder / "new.csv").write_text("review\nfine film\ndull film\n")
+    for side, word in (("en", "film"), ("de", "Film")):
+        (folder / f"train.{side}").write_text("".join(f"{word} {i}\n" for i in range(60)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.chdir(folder)
+        tuned = ["--data.path=reviews.csv", "--model.from=runs/mine", "--trainer.default_root_dir=runs/tuned"]
+        finetune("fit", *tuned, "--trainer.max_steps=2", "--trainer.val_check_interval=2")
     for name in ("texts", "my_texts"):
         (folder / name).symlink_to(corpus)
     (folder / "recipes").symlink_to(ROOT / "recipes")
@@ -70,7 +81,8 @@ def test_a_command_runs_as_it_is_written(command, place, monkeypatch, capsys):
     elif script == "recipes/pretrain.py":
         arguments += toy_flags(arguments)
     elif script == "recipes/finetune.py":
-        arguments += ["--trainer.max_steps=2", "--trainer.val_check_interval=2"] if arguments[0] == "fit" else []
+        few = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.max_val_examples=16"]
+        arguments += few if arguments[0] == "fit" else []
     else:  # whatever model the command names
         arguments[arguments.index("--model") + 1] = "run/model"
     monkeypatch.setattr(sys, "argv", [script, *arguments])

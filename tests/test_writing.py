@@ -100,8 +100,8 @@ def fit(task: str, folder: Path, **flags: object) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
-def predictions(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+def predictions(folder: Path, name: str = "predictions") -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
 TRANSLATION = {
@@ -271,7 +271,7 @@ def test_a_decoder_learns_to_answer_and_a_plain_pipeline_asks_it(decoder, questi
     flags = {"data.path": questions / "train.json", "data.val_path": questions / "val.json", "model.from": decoder}
     flags |= {"model.optimizer.lr": 3e-3, "trainer.max_epochs": 18, "trainer.val_check_interval": 1.0}
     summary = fit("text_generation", tmp_path, **flags)
-    assert summary["val_exact_match"] > 0.6 and summary["val_stopped"] > 0.95
+    assert summary["val_exact_match"] > 60 and summary["val_stopped"] > 0.95
     assert "### Assistant:⏎⟦" in capsys.readouterr().out  # the plan shows what is learnt
     ask = pipeline("text-generation", str(tmp_path / "model"))
     for row in predictions(tmp_path)[:6]:
@@ -307,9 +307,10 @@ def test_a_task_runs_from_its_yaml_without_any_data_and_goes_on(task, tmp_path, 
 
 def test_two_ranks_write_as_one_and_a_terminated_run_goes_on_as_either(pairs, tmp_path):
     paths = {f"data.{n}": f"{pairs / p}.en,{pairs / p}.de" for n, p in (("path", "train"), ("val_path", "val"))}
-    exact = {"trainer.max_steps": 12, "trainer.max_epochs": None, "ckpt_path": "last", "recovery.every_n_steps": 5}
-    one = {"trainer.accumulate_grad_batches": 2, "trainer.strategy": "ddp", "trainer.val_check_interval": 24}
-    two = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.val_check_interval": 12}
+    # In step 38, the last of an epoch, the second rank has no row.
+    exact = {"trainer.max_steps": 40, "trainer.max_epochs": None, "ckpt_path": "last", "recovery.every_n_steps": 7}
+    one = {"trainer.accumulate_grad_batches": 2, "trainer.strategy": "ddp", "trainer.val_check_interval": 75}
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.val_check_interval": 38}
     states, found = {}, {}
     for name, ranks, then in (("one", one, None), ("two", two, None), ("both", two, one)):
         folder = tmp_path / name
@@ -317,7 +318,7 @@ def test_two_ranks_write_as_one_and_a_terminated_run_goes_on_as_either(pairs, tm
         shared = TRANSLATION | paths | exact | {"data.batch_size": 8}
         config = ["--config", "recipes/finetune_translation.yaml"]
         first = flags_of(folder, **shared, **ranks)
-        assert as_command(folder, [*config, *first], *(signal_at(7) if then else [])) == (143 if then else 0)
+        assert as_command(folder, [*config, *first], *(signal_at(17) if then else [])) == (143 if then else 0)
         if then:
             assert as_command(folder, [*config, *flags_of(folder, **shared, **then)]) == 0
         states[name] = state(folder)
@@ -339,8 +340,8 @@ def test_predict_writes_answers_to_files_without_any(decoder, questions, tmp_pat
     (tmp_path / "asked.jsonl").write_text('{"instruction": "Which is last?", "input": "red blue"}\n' * 3)
     config = str(tmp_path / "config.yaml")
     monkeypatch.chdir(tmp_path)
-    run("predict", "--config", config, "--ckpt_path=checkpoints/last.ckpt", "--data.predict_path=asked.jsonl")
-    rows = predictions(tmp_path)
+    run("predict", "--config", config, "--ckpt_path=last", "--data.predict_path=asked.jsonl")
+    rows = predictions(tmp_path, "predictions_new")
     assert [row["row"] for row in rows] == [0, 1, 2] and "score" not in rows[0]
     assert rows[0]["input"] == "Which is last?\n\nred blue" and len({row["prediction"] for row in rows}) == 1
 

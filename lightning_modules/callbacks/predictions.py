@@ -18,7 +18,8 @@ SHOWN = 64
 class Predictions(BasePredictionWriter):
     """predictions.jsonl in the working folder or --trainer.default_root_dir: a line for each row, in order.
 
-    Of pretraining each rank writes its rows; of fine-tuning the first rank writes all, each beside what was asked.
+    Of pretraining each rank writes its rows; of fine-tuning the first rank writes all, each beside what was asked, and
+    those of --data.predict_path to predictions_new.jsonl.
     """
 
     def __init__(self):
@@ -26,7 +27,8 @@ class Predictions(BasePredictionWriter):
 
     def on_predict_start(self, trainer: Trainer, module: LightningModule) -> None:
         rank = f"-rank{trainer.global_rank}" if trainer.global_rank or self._of_ranks(trainer, module) else ""
-        self.path = Path(trainer.default_root_dir) / f"predictions{rank}.jsonl"
+        asked = "" if not isinstance(module, FineTune) or trainer.datamodule.has_answers else "_new"
+        self.path = Path(trainer.default_root_dir) / f"predictions{asked}{rank}.jsonl"
         self.rows: list[dict] = []
 
     @staticmethod
