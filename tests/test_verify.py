@@ -162,3 +162,28 @@ def test_a_step_replayed_has_the_loss_that_was_logged(corpus, tmp_path):
         writer.writerows(rows)
     other = subprocess.run(replay, capture_output=True, text=True)
     assert other.returncode == 1 and "ANOTHER ONE" in other.stdout
+
+
+@pytest.mark.parametrize("task", ["text_generation", "translation", "question_answering"])
+def test_the_checks_of_fine_tuning_pass_on_a_sound_run(task, tmp_path):
+    """In one process, as `verify` makes them there."""
+    from tests.finetuning import run
+
+    report = tmp_path / "checks.json"
+    small = {
+        "text_generation": {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1},
+        "question_answering": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1},
+        "translation": {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
+    }[task]
+    flags = {f"model.architecture.{name}": size for name, size in small.items()}
+    flags |= {"model.from": "new", "trainer.precision": "32-true", "trainer.accelerator": "cpu"}
+    flags |= {"trainer.default_root_dir": tmp_path, "trainer.max_time": "null"}
+    check = {"class_path": "lightning_modules.checks.Checks", "init_args": {"report": str(report)}}
+    config = ["--config", f"recipes/finetune_{task}.yaml", f"--trainer.callbacks+={json.dumps(check)}"]
+    run("fit", *config, *(f"--{name}={value}" for name, value in flags.items()))
+    found = json.loads(report.read_text())
+    names = [one["name"] for one in found["checks"]]
+    assert all(one["passed"] for one in found["checks"]), found["checks"]
+    assert {"gradient under other splits", "exported folder", "padded against alone"} <= set(names)
+    assert ("written together" in names) == (task != "question_answering")
+    assert "⟦" in found["labels"][0]
