@@ -56,6 +56,10 @@ def questions(tmp_path_factory) -> Path:
     return folder
 
 
+SMALL_BART = {
+    f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in (("layers", 2), ("ffn_dim", 64))
+}
+SMALL_BART |= {"d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "dropout": 0.0}
 SMALL_T5 = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2, "dropout_rate": 0.0}
 
 
@@ -106,8 +110,7 @@ def predictions(folder: Path, name: str = "predictions") -> list[dict]:
 
 TRANSLATION = {
     "model.from": "new",
-    "model.optimizer.lr": 5e-3,
-    **{f"model.architecture.{name}": value for name, value in SMALL_T5.items()},
+    **{f"model.architecture.{name}": value for name, value in SMALL_BART.items()},
     "data.vocab_size": 300,
 }
 
@@ -117,7 +120,7 @@ def translator(pairs, tmp_path_factory) -> Path:
     """A run that has learnt the colours."""
     folder = tmp_path_factory.mktemp("translator")
     paths = {f"data.{n}": f"{pairs / p}.en,{pairs / p}.de" for n, p in (("path", "train"), ("val_path", "val"))}
-    fit("translation", folder, **TRANSLATION, **paths, **{"trainer.max_epochs": 40, "trainer.val_check_interval": 1.0})
+    fit("translation", folder, **TRANSLATION, **paths, **{"trainer.max_epochs": 16, "trainer.val_check_interval": 1.0})
     return folder
 
 
@@ -288,7 +291,7 @@ def test_a_task_runs_from_its_yaml_without_any_data_and_goes_on(task, tmp_path, 
     sizes = {
         "text_generation": {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1},
         "question_answering": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1},
-    }.get(task, {"d_model": 16, "d_ff": 16, "num_layers": 1})
+    }.get(task, {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16})
     flags = {f"model.architecture.{name}": size for name, size in sizes.items()} | {
         "trainer.max_epochs": None,
         "trainer.val_check_interval": 4,
