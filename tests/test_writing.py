@@ -2,6 +2,7 @@
 computes them."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from datamodules.instructions import Instructions
 from datamodules.pairs import Pairs
 from lightning_modules.adapter import Adapter
 from lightning_modules.completion import left_padded
+from lightning_modules.finetune import starting_folder
 from lightning_modules.summarization import Summarization
 from lightning_modules.text_generation import TextGeneration, matches, short_answer
 from lightning_modules.translation import Translation
@@ -347,6 +349,20 @@ def test_predict_writes_answers_to_files_without_any(decoder, questions, tmp_pat
     rows = predictions(tmp_path, "predictions_new")
     assert [row["row"] for row in rows] == [0, 1, 2] and "score" not in rows[0]
     assert rows[0]["input"] == "Which is last?\n\nred blue" and len({row["prediction"] for row in rows}) == 1
+
+
+def test_a_run_begins_with_pretraining_and_not_with_what_fine_tuning_left(decoder, questions, tmp_path, monkeypatch):
+    fit(
+        "text_generation",
+        tmp_path / "runs" / "tuned",
+        **{"data.path": questions / "train.json", "model.from": decoder},
+        **{"trainer.max_steps": 1, "trainer.val_check_interval": 1},
+    )
+    (tmp_path / "runs" / "first").mkdir()
+    (tmp_path / "runs" / "first" / "model").symlink_to(decoder)
+    os.utime(tmp_path / "runs" / "tuned" / "model" / "config.json", (2**31, 2**31))  # the newest
+    monkeypatch.chdir(tmp_path)
+    assert starting_folder(None, TextGeneration.auto_class_of) == "runs/first/model"
 
 
 # Mistakes
