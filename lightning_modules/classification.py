@@ -169,19 +169,9 @@ class Classification(FineTune):
                 found[i]["probabilities"] = dict(zip(names, (round(x, 6) for x in shares_BL[i].tolist()), strict=True))
         return dict(zip(rows_B.tolist(), found, strict=True))
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_validation("val")
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_validation("test")
-
-    def _log_validation(self, stage: str) -> None:
+    def found(self) -> dict[str, Tensor]:
         self.gather_predictions()
         values = {"loss": self.validation_loss.compute()} | self.validation.compute()
-        for name, value in values.items():
-            self.log(f"{stage}/{name}", value.double(), rank_zero_only=False)
         self.validation_loss.reset()
         self.validation.reset()
+        return values

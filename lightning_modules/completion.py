@@ -181,17 +181,8 @@ class Completion(FineTune):
                 score = self.row_score(text, data.asked[row]["references"])
                 self.predictions[row]["score"] = round(score, 6)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_validation("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_validation("test")
-
-    def _log_validation(self, stage: str) -> None:
-        values = {name: float(value) for name, value in self.validation.compute().items()}
+    def found(self) -> dict[str, float | Tensor]:
+        values = self.validation.compute()
         self.validation.reset()
         self.gather_predictions()
         rows = sorted(self.predictions)
@@ -199,8 +190,7 @@ class Completion(FineTune):
         written = [self.predictions[row]["prediction"] for row in rows]
         values |= self.scores(written, [asked[row]["references"] for row in rows])
         values["stopped"] = sum(self.predictions[row]["stopped"] for row in rows) / max(1, len(rows))
-        for name, value in values.items():
-            self.log(f"{stage}/{name}", torch.tensor(value, dtype=torch.float64), rank_zero_only=False)
+        return values
 
     # What came of a run
 

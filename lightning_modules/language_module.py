@@ -100,19 +100,10 @@ class LanguageModule(ScheduledStep):
         utf8_bytes = self.token_bytes.to(labels.device)[labels.clamp(min=0)] * (labels != IGNORED)
         self.validation.update(nats, count, utf8_bytes.sum())
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_validation("val")
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_validation("test")
-
-    def _log_validation(self, stage: str) -> None:
-        for name, value in self.validation.compute().items():
-            self.log(f"{stage}/{name}", value, rank_zero_only=False)
+    def found(self) -> dict[str, Tensor]:
+        values = self.validation.compute()
         self.validation.reset()
+        return values
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, float]]:
         """One row at a time: its number in the held-out text, tokens with a label, nats per token."""

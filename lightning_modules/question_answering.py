@@ -156,16 +156,7 @@ class QuestionAnswering(FineTune):
                 found[number] |= {"exact_match": exact, "score": round(f1, 6)}
         return found
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_validation("val")
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_validation("test")
-
-    def _log_validation(self, stage: str) -> None:
+    def found(self) -> dict[str, float]:
         self.gather_predictions()
         data, rows = self.trainer.datamodule, list(self.predictions.values())
         values = {"loss": float(self.validation_loss.compute())}
@@ -174,9 +165,8 @@ class QuestionAnswering(FineTune):
         if data.has_unanswerable:
             right = [bool(p["prediction"]) == bool(data.asked[n]["references"]) for n, p in self.predictions.items()]
             values["no_answer_accuracy"] = sum(right) / max(1, len(right))
-        for name, value in values.items():
-            self.log(f"{stage}/{name}", torch.tensor(value, dtype=torch.float64), rank_zero_only=False)
         self.validation_loss.reset()
+        return values
 
     def next_command(self, model: str, data: LightningDataModule) -> str:
         """For the terminal; `model` is quoted."""

@@ -1,11 +1,14 @@
 """An exact step with its optimizer and its schedule: what pretraining and fine-tuning share."""
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import Literal
 
+import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
@@ -68,6 +71,26 @@ class ScheduledStep(ExactStep):
     def exported(self) -> PreTrainedModel:
         """What a model folder gets."""
         return self.network
+
+    # Validation
+
+    @abstractmethod
+    def found(self) -> dict[str, float | Tensor]:
+        """What all ranks found since the last call, by the names behind val/."""
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_found("val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_found("test")
+
+    def _log_found(self, stage: str) -> None:
+        for name, value in self.found().items():
+            # A bare number would become one of torch's default dtype.
+            self.log(f"{stage}/{name}", torch.as_tensor(value, dtype=torch.float64), rank_zero_only=False)
 
     def save_beside(self, folder: Path) -> None:
         """What a run's folder gets besides the model."""
