@@ -4,6 +4,7 @@ Shape suffixes: B windows, T tokens, N any count.
 """
 
 import math
+import shlex
 from typing import NamedTuple
 
 import torch
@@ -169,9 +170,9 @@ class QuestionAnswering(FineTune):
         return values
 
     def next_command(self, model: str, data: LightningDataModule) -> str:
-        """For the terminal; `model` is quoted."""
-        code = f"from transformers import AutoModelForQuestionAnswering as A; print(A.from_pretrained({model!r}))"
-        return f'python -c "{code}"'
+        """For the terminal."""
+        run = shlex.quote(self.trainer.default_root_dir)
+        return f"python recipes/finetune.py predict --config {run}/config.yaml --ckpt_path last --data.predict_path …"
 
 
 def best_spans(

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import data_tables
+import finetune_recipe_row
+import finetune_trainer_row
+import finetuning
 import fused_loss
 import gpu
 import nanogpt_cpu
@@ -25,6 +28,8 @@ from memory import peak_bytes
 from page import Goal, Table, write
 from sizes import SMALL, Job
 from turns import NoMoreTurns, Row, interleave
+
+from tests.finetuning import squad
 
 ROOT = Path(__file__).parents[1]
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -141,6 +146,36 @@ def test_the_gpu_run_of_tinyshakespeare_is_a_config_of_the_recipe(tmp_path, caps
         main(LanguageModule, CausalLM, Text, file, "", args=["fit", "--config", str(file), "--print_config"])
     assert not end.value.code
     assert "resid_pdrop: 0.2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("best_settings", [False, True])
+@pytest.mark.parametrize("task", ["labels", "spans"])
+@pytest.mark.parametrize("row", [finetune_recipe_row, finetune_trainer_row], ids=lambda row: row.__name__)
+def test_a_row_of_fine_tuning_does_the_steps_it_is_asked_for(
+    row, task, best_settings, encoder, reviews, tmp_path, monkeypatch
+):
+    if task == "labels":
+        file = reviews / "train.csv"
+    else:
+        file = tmp_path / "squad.json"
+        file.write_text(json.dumps(squad(20)))
+    fields = {"task": task, "model": str(encoder), "data_file": str(file), "by_length": best_settings}
+    job = Job(SMALL, str(tmp_path), None, 0, "", "", bf16=False, best_settings=best_settings, **fields)
+    turns = answers(row.train, job, [1, 3])
+    assert [len(turn["seconds"]) for turn in turns] == [1, 3]
+
+
+def test_what_padding_costs_is_measured_at_equal_tokens():
+    table = finetuning.padding(None, rounds=1, examples=64)
+    assert len(table.rows) == 2 and table.rows[0][2] == "1.00"
+
+
+def test_a_table_stays_on_the_page_until_it_is_measured_again(tmp_path):
+    first, second = (Table(name, "command", [""], [[name]]) for name in ("one", "two"))
+    write(tmp_path / "page.md", [first], threads=2)
+    write(tmp_path / "page.md", [second, Table("one", "command", [""], [["again"]])], threads=2)
+    text = (tmp_path / "page.md").read_text()
+    assert text.index("## one") < text.index("| again |") < text.index("## two") and "| one |" not in text
 
 
 def test_the_page_holds_tables_and_verdicts(tmp_path):
