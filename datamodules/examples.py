@@ -19,7 +19,7 @@ from datamodules.ordered import Ordered
 from datamodules.records import Record
 from datamodules.row_order import ByLength, HeldOutOrder, batches_mixed
 from datamodules.rows import Loader, row_loader
-from datamodules.sources import ContentHashes, find_files, standard_library
+from datamodules.sources import ContentHashes, find_files, hub_files, is_hub_name, standard_library
 from datamodules.tokenization import bpe_tokenizer, document_start, fingerprint, load_tokenizer, remembered
 
 Numbered = tuple[str, Record]
@@ -30,7 +30,7 @@ class Examples(Ordered, ABC):
     """A subclass says what its rows are, what they become, and what a batch of them is.
 
     Args:
-        path: Files, folders or globs. Left out: examples from the Python standard library.
+        path: Files, folders, globs or a Hub data set. Left out: examples from the Python standard library.
         val_path: Held-out examples, like `path`. Left out: a part of `path`.
         predict_path: Examples for `predict`, like `path` but without what is to be predicted.
         val_fraction: Share of the examples to hold out, by a hash of their text (of questions: of their article).
@@ -105,7 +105,9 @@ class Examples(Ordered, ABC):
         """Examples from this machine's standard library."""
 
     def files(self, path: str | list[str], flag: str) -> list[Path]:
-        """Those that a flag names."""
+        """Those that a flag names; of a Hub data set its training rows and, if it has such, its validation rows."""
+        if isinstance(path, str) and is_hub_name(path):
+            return hub_files(path, flag, self.cache_dir)
         return find_files(_listed(path), flag)
 
     @abstractmethod
@@ -177,6 +179,9 @@ class Examples(Ordered, ABC):
         hashes = ContentHashes(self.cache_dir / "file_hashes.json")
         train_files = None if self.path is None else self.files(self.path, "--data.path")
         val_files = self.files(self.val_path, "--data.val_path") if self.val_path else []
+        if isinstance(self.path, str) and is_hub_name(self.path):
+            train_files, of_the_set = train_files[:1], train_files[1:]
+            val_files = val_files or of_the_set
         read = standard_library() if train_files is None else train_files
         digests = [[hashes(file) for file in files] for files in (read, val_files)]
         hashes.save()

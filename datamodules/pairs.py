@@ -11,6 +11,7 @@ from datamodules.examples import Numbered
 from datamodules.files import BadRows, decoded_blocks, lines_of, text_format
 from datamodules.library_functions import described
 from datamodules.records import Record, fault_of, records
+from datamodules.sources import is_hub_name
 
 SOURCE_NAMES = ("source", "src", "document", "article", "text", "dialogue", "input", "body")
 TARGET_NAMES = ("target", "tgt", "summary", "highlights", "tldr", "abstract", "translation", "output", "headline")
@@ -73,6 +74,8 @@ class Pairs(Completions):
 
     def files(self, path: str | list[str], flag: str) -> list[Path]:
         """Of aligned files each source is followed by its target."""
+        if isinstance(path, str) and is_hub_name(path):
+            return super().files(path, flag)
         listed = [path] if isinstance(path, str) else path
         names = [name.strip() for given in listed for name in ([given] if Path(given).exists() else given.split(","))]
         return super().files(names, flag)

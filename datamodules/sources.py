@@ -198,6 +198,22 @@ def is_hub_name(given: str) -> bool:
     return bool(_HUB_NAME.fullmatch(given)) and not has_suffix and not os.path.lexists(given)
 
 
+def hub_files(given: str, flag: str, cache: Path) -> list[Path]:
+    """The training split of a Hub data set as a file of rows, and its validation split where it has one."""
+    folder = cache / "hub"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for split in hub_splits(given, flag):
+        if split is not None:
+            file = folder / f"{hashlib.sha256(f'{split.name} {split.digest}'.encode()).hexdigest()}.parquet"
+            if not file.is_file():
+                temporary = file.with_suffix(f".{os.getpid()}")
+                split.rows.to_parquet(temporary)
+                temporary.replace(file)
+            files.append(file)
+    return files
+
+
 def hub_splits(given: str, flag: str) -> tuple[HubRows, HubRows | None]:
     """The training split of a Hub data set, and its validation split where it has one."""
     import datasets

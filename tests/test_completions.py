@@ -269,6 +269,20 @@ def test_a_column_that_is_not_there_is_told(tokenizer, tmp_path):
         opened(Instructions(path=str(jsonl(tmp_path, [{"instruction": "x"}], "b.jsonl")), tokenizer=str(tokenizer)))
 
 
+def test_a_data_set_of_the_hub_is_read_with_its_validation_split(tokenizer, tmp_path, monkeypatch):
+    from datasets import Dataset, DatasetDict
+
+    rows = {
+        split: Dataset.from_list([{"translation": {"en": f"dog {i}", "de": f"Hund {i}"}} for i in range(count)])
+        for split, count in (("train", 20), ("validation", 5))
+    }
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config: DatasetDict(rows))
+    monkeypatch.setattr("datamodules.hub.is_within_reach", lambda: True)
+    columns = {"source_column": "en", "target_column": "de"}
+    data = opened(Pairs(path="owner/pairs", tokenizer=str(tokenizer), cache_dir=str(tmp_path), **columns), apart=True)
+    assert len(data.store.records("train")) == 20 and len(data.asked) == 5
+
+
 # Order
 
 
