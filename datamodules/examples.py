@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from datamodules import hub
 from datamodules.base import Batch
 from datamodules.cache_folders import cache_root
 from datamodules.example_store import FORMAT_VERSION, ExampleStore, Fields, open_examples, write_examples
@@ -176,6 +177,8 @@ class Examples(Ordered, ABC):
         self.seq_len = int(max(self.lengths.max(), self.asked_fields["input_ids"].lengths.max()))
 
     def _open(self, build: bool) -> None:
+        if self.start is not None and not Path(self.start).exists():
+            hub.look_only_here_where_it_is_out_of_reach()
         hashes = ContentHashes(self.cache_dir / "file_hashes.json")
         train_files = None if self.path is None else self.files(self.path, "--data.path")
         val_files = self.files(self.val_path, "--data.val_path") if self.val_path else []
@@ -204,12 +207,17 @@ class Examples(Ordered, ABC):
         if self.store is None:
             raise ValueError(f"{self.source} changed since its examples were encoded; start again")
 
+    @property
+    def start(self) -> str | None:
+        """The model's folder or Hub name; None where it is new, or there is no run."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        return module.start if module is not None else None
+
     def _tokenizer(
         self, content: list, examples: Callable[[], tuple[list[Numbered], list[Numbered]]]
     ) -> PreTrainedTokenizerBase:
         """The one that is asked for, else the model's, else one trained on these texts."""
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        name = self.tokenizer_name or (module.start if module is not None else None)
+        name = self.tokenizer_name or self.start
         if name is not None:
             try:
                 return load_tokenizer(name)

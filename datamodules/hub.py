@@ -22,3 +22,11 @@ def is_within_reach() -> bool:
     except OSError:
         return False
     return True
+
+
+def look_only_here_where_it_is_out_of_reach() -> None:
+    """Libraries then look into their caches at once, and do not retry for half a minute."""
+    from huggingface_hub import constants
+
+    if not is_within_reach():
+        constants.HF_HUB_OFFLINE = True
