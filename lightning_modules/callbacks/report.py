@@ -21,6 +21,7 @@ from lightning_modules.architectures import bytes_of, parameter_count
 from lightning_modules.callbacks.plan import precision, print_pairs
 from lightning_modules.callbacks.speed import Speed
 from lightning_modules.checkpoint_io import replace_folder
+from lightning_modules.finetune import FineTune
 from lightning_modules.redaction import redacted
 
 PACKAGES = ("lightning", "torch", "transformers", "tokenizers", "wandb")
@@ -136,7 +137,7 @@ def restore_best(trainer: Trainer, module: LightningModule) -> None:
 def save_model(folder: Path, module: LightningModule, tokenizer, card: str) -> None:
     """A folder that AutoModelFor….from_pretrained and AutoTokenizer load, with a card; replaced whole or not at all."""
     network = module.exported()
-    if network.can_generate():
+    if network.can_generate() and not isinstance(module, FineTune):  # which says itself how answers are written
         network.generation_config.eos_token_id = tokenizer.eos_token_id
         pad = tokenizer.pad_token_id
         network.generation_config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
