@@ -21,7 +21,10 @@ def config(job: Job) -> dict[str, dict]:
     """The YAML of the run."""
     module, data = CLASSES[job.task]
     turns = {"class_path": "recipe_row.TakesTurns", "init_args": {"job": job.to_json()}}
-    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": LEARNING_RATE, "weight_decay": 0.0}}
+    optimizer = {
+        "class_path": "torch.optim.AdamW",
+        "init_args": {"lr": LEARNING_RATE, "weight_decay": 0.0, "fused": True},
+    }
     return {
         "trainer": {
             "accelerator": "cpu",

@@ -49,6 +49,8 @@ class Group:
     tasks: tuple[Task, ...]
     most_behind: float | None = None
     """How far the second task may be behind the first."""
+    begins_untuned: bool = False
+    """Whether the first task is the model as it is, whose loss the second has to be below."""
 
 
 GROUPS = (
@@ -118,6 +120,12 @@ GROUPS = (
         10,
         (
             Task(
+                "as it is (a step of rate 0)",
+                "--model.from {stories} --data.path {data}/instruction-data.json --data.max_length 384 "
+                "--data.max_target_length 256 --data.max_val_examples null --model.optimizer.lr 0 "
+                "--trainer.max_steps 1 --trainer.max_time null --trainer.val_check_interval 1",
+            ),
+            Task(
                 "all weights",
                 "--model.from {stories} --data.path {data}/instruction-data.json --data.max_length 384 "
                 "--data.max_target_length 256 --data.max_val_examples null --model.optimizer.lr 2e-3 "
@@ -125,6 +133,7 @@ GROUPS = (
                 at_least=0.95,
             ),
         ),
+        begins_untuned=True,
     ),
 )
 
@@ -198,6 +207,9 @@ def table(group: Group, results: list[Result]) -> Table:
     if group.most_behind is not None:
         behind = results[0].summary[first] - results[1].summary[first]
         goals.append(Goal(f"{names[0]} that {group.tasks[1].what} is behind", behind, at_most=group.most_behind))
+    if group.begins_untuned:
+        untuned, tuned = (result.summary["val_loss"] for result in results)
+        goals.append(Goal(f"{group.title}: loss of the answers, of the untuned model's", tuned / untuned, at_most=0.99))
     commands = [
         f"{task.what}: `python {SCRIPT} fit --config recipes/{group.config}.yaml {task.flags}`" for task in group.tasks
     ]

@@ -205,7 +205,8 @@ class ExactStep(LightningModule):
             self._parameters_in_order = list(self.network.parameters())
         self._stepped = [p for p in self._parameters_in_order if p.grad is not None]
         gradients = [p.grad for p in self._stepped]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
+        pieces = [piece for gradient in gradients for piece in in_pieces(gradient)]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces, 2, torch.float32)))
         mine = torch.cat([self._sums, self._sums.new_tensor(self.wishes), (~torch.isfinite(norm)).double()[None]])
         nats, count, tokens, *wishes, not_finite = self.trainer.strategy.reduce(mine, reduce_op="sum")
         self._sums = None
@@ -233,6 +234,14 @@ class ExactStep(LightningModule):
             torch._foreach_mul_([p.grad for p in self._stepped], factor)
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(self._stepped, gradient_clip_val)
+
+
+def in_pieces(gradient: Tensor, numbers: int = 2**22) -> tuple[Tensor, ...]:
+    """A large bf16 gradient on a CPU in pieces: torch makes a float32 copy to take its norm, and blocks of more than 32
+    MiB come as new pages from the kernel each time."""
+    if gradient.device.type != "cpu" or gradient.dtype == torch.float32 or gradient.numel() <= numbers:
+        return (gradient,)
+    return gradient.view(-1).split(numbers) if gradient.is_contiguous() else (gradient,)
 
 
 def recount(progress: dict, consumed: int, rows_per_epoch: int, rows_per_micro_step: int) -> None:
