@@ -44,7 +44,7 @@ def arguments(job: Job, **settings: object) -> TrainingArguments:
 def train(job: Job) -> None:
     rows, labels = encoded(job)
     model = model_of(job, labels)
-    collate = DataCollatorWithPadding(AutoTokenizer.from_pretrained(job.model), pad_to_multiple_of=8)
+    collate = DataCollatorWithPadding(AutoTokenizer.from_pretrained(job.model))
     turns = Turns(job, sum(p.numel() for p in model.parameters()))
     settings = arguments(job, max_steps=10**6)
     Trainer(model, settings, train_dataset=rows, data_collator=collate, callbacks=[TakesTurns(turns)]).train()
