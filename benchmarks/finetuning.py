@@ -29,7 +29,7 @@ from lightning_modules import cpu_kernels, hardware
 BATCH_SIZE, LEARNING_RATE = 16, 5e-5
 MAX_LENGTH = {"labels": 256, "spans": 384}
 """384 is what transformers' example for SQuAD takes."""
-EXAMPLES = {"labels": 1024, "spans": 320}
+EXAMPLES = {"labels": 1024, "spans": 192}
 """Of an epoch, which is one turn."""
 FILES = {"labels": "sent_sst2/train.tsv", "spans": "qa_squad_v11_train_part/train.json"}
 NAMES = {"labels": "SST-2 sentences", "spans": "SQuAD windows"}

@@ -29,7 +29,10 @@ def with_template(tokenizer: PreTrainedTokenizerBase, asked: str | None) -> None
         path = Path(asked).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"no such file: --data.chat_template {asked}; pass a Jinja template")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--data.chat_template {asked} is not UTF-8 at byte {error.start}; convert it") from None
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN
 
@@ -49,7 +52,7 @@ def segments(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> lis
     before_last = prompt(tokenizer, messages[:-1])
     found, done = [], ""
     for i, message in enumerate(messages[:-1]):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or i == 0:  # a greeting answers nothing
             continue
         before, after = prompt(tokenizer, messages[:i]), _rendered(tokenizer, messages[: i + 1])
         if not (before.startswith(done) and after.startswith(before) and before_last.startswith(after)):

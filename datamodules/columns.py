@@ -1,5 +1,6 @@
 """Which columns of a file of rows hold what: by their usual names, or as the user says."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def find_columns(file: Path, wanted: dict[str, Column]) -> tuple[bool, dict[str,
     return header, found
 
 
-def _names(file: Path) -> list[str]:
-    """The columns of the first row."""
-    return list(next((row for _, row in records(file, BadRows(skip=True))), {}))
+def _names(file: Path, most: int = 1000) -> list[str]:
+    """The columns of the first rows, not all of which need to have all."""
+    names: dict[str, None] = {}
+    for _, row in itertools.islice(records(file, BadRows(skip=True)), most):
+        names |= dict.fromkeys(map(str, row))
+    return list(names)

@@ -5,7 +5,6 @@ Shape suffixes: B examples, T tokens of the longest input of them, U of the long
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
@@ -13,25 +12,12 @@ from torch import from_numpy
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import IGNORED, Batch
-from datamodules.chat_template import Message, Segment, segments, with_template
+from datamodules.chat_template import Message, with_template
+from datamodules.conversations import Conversations, Encoded, Learnt, shortened
 from datamodules.example_store import Fields, Ragged
 from datamodules.examples import Examples, Numbered
 from datamodules.files import BadRows
 from datamodules.records import Record
-
-Learnt = Literal["answers", "last_answer", "all"]
-
-
-class Encoded(NamedTuple):
-    """An example in numbers."""
-
-    input_ids: list[int]
-    labels: list[int]
-    """Of a decoder: what each input has to predict. Of an encoder-decoder: what is to be written."""
-    prompt_length: int
-    """Inputs before the last answer."""
-    label_bytes: int
-    """UTF-8 bytes of the text that the labels stand for."""
 
 
 class Completions(Examples):
@@ -66,7 +52,6 @@ class Completions(Examples):
         self.max_target_length = max_target_length or self.max_length
         self.chat_template = chat_template
         self.learn = learn
-        self.prompts_cut = self.answers_cut = 0
 
     @abstractmethod
     def conversation(self, record: Record) -> list[Message]:
@@ -93,17 +78,19 @@ class Completions(Examples):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        answers = [self._answer_lengths(fields) for fields in (self.store.train, self.store.val)]
-        self.longest_answer = int(max(lengths.max() for lengths in answers))
-        """In tokens, with its end."""
         if self.encodes_apart:
-            self.tokens_per_row += float(answers[0].mean())
+            self.tokens_per_row += float(self.store.train["labels"].lengths.mean())
             self.seq_len = max(self.seq_len, self.longest_answer)
 
-    def _answer_lengths(self, fields: Fields) -> np.ndarray:
-        """(N,) tokens of the last answers, with their ends."""
-        labels: Ragged = fields["labels"]
-        return labels.lengths if self.encodes_apart else labels.lengths - fields["prompt_length"] + 1
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest answer in the data, with its end."""
+        found = []
+        for fields in (self.store.train, self.store.val):
+            labels: Ragged = fields["labels"]
+            answers = labels.lengths if self.encodes_apart else labels.lengths - fields["prompt_length"] + 1
+            found.append(int(answers.max()))
+        return max(found)
 
     def costs(self, fields: Fields) -> np.ndarray:
         lengths = fields["input_ids"].lengths
@@ -121,27 +108,38 @@ class Completions(Examples):
             for place, record in train
             for reference in record["references"]
         ]
-        self.prompts_cut = self.answers_cut = 0
+        bad_rows.notes["prompts cut"] = bad_rows.notes["answers cut"] = 0
         fields = [self._fields(examples, bad_rows) for examples in (train, val)]
-        about = {"prompts_cut": self.prompts_cut, "answers_cut": self.answers_cut} | self.about()
-        return *fields, about
+        cut = {name: bad_rows.notes[f"{name} cut"] for name in ("prompts", "answers")}
+        return *fields, {"cut": cut} | self.about()
 
-    def encode_asked(self, rows: list[Record]) -> Fields:
-        return self._fields([("", row | {"references": [""]}) for row in rows], BadRows(skip=False))
+    def encode_asked(self, examples: list[Numbered], bad_rows: BadRows) -> Fields:
+        """A prompt leaves room for the longest answer in the data."""
+        asked = [(place, record | {"references": [""]}) for place, record in examples]
+        fields = self._fields(asked, bad_rows, room=min(self.longest_answer, self.max_length // 2))
+        known = {place for place, _ in asked}
+        examples[:] = [(place, record) for place, record in examples if place in known]
+        return fields
 
-    def _fields(self, examples: list[Numbered], bad_rows: BadRows) -> Fields:
-        """Takes conversations that the chat template refuses out of the list."""
-        found, known = [], []
+    def _fields(self, examples: list[Numbered], bad_rows: BadRows, room: int = 0) -> Fields:
+        """Takes conversations that cannot be read out of the list."""
         if self.encodes_apart:
-            found = list(self._apart([record for _, record in examples]))
+            found = list(self._apart([record for _, record in examples], bad_rows))
         else:
+            found, known = [], []
+            conversations = Conversations(self.tokenizer, self.learn, self.max_length, self.max_target_length)
             for place, record in examples:
                 try:
-                    found.append(self._together(record))
-                    known.append((place, record))
+                    found.append(conversations.encoded(self.conversation(record), record["references"][0], room))
                 except TemplateError as error:
                     bad_rows.add(place.rpartition(":")[0], f"{place}: the chat template says: {error}")
+                except ValueError as error:
+                    bad_rows.add(place.rpartition(":")[0], f"{place}: {error}")
+                else:
+                    known.append((place, record))
             examples[:] = known
+            bad_rows.notes["prompts cut"] += conversations.prompts_cut
+            bad_rows.notes["answers cut"] += conversations.answers_cut
         return {
             "input_ids": Ragged.of([example.input_ids for example in found]),
             "labels": Ragged.of([example.labels for example in found]),
@@ -153,78 +151,23 @@ class Completions(Examples):
         """What else is to be told."""
         return {}
 
-    def _apart(self, rows: list[Record]) -> Iterator[Encoded]:
+    def _apart(self, rows: list[Record], bad_rows: BadRows) -> Iterator[Encoded]:
+        if not rows:
+            return
         sources = ["\n\n".join(message["content"] for message in self.conversation(row)) for row in rows]
         targets = [row["references"][0] for row in rows]
         tokenizer, end = self.tokenizer, self.tokenizer.eos_token_id
-        whole = [len(ids) for ids in tokenizer(sources, verbose=False)["input_ids"]] if sources else []
-        inputs = tokenizer(sources, truncation=True, max_length=self.max_length)["input_ids"] if sources else []
-        answers = tokenizer(text_target=targets, verbose=False)["input_ids"] if targets else []
+        whole = [len(ids) for ids in tokenizer(sources, verbose=False)["input_ids"]]
+        inputs = tokenizer(sources, truncation=True, max_length=self.max_length)["input_ids"]
+        answers = tokenizer(text_target=targets, verbose=False)["input_ids"]
         for length, ids, answer, text in zip(whole, inputs, answers, targets, strict=True):
-            self.prompts_cut += length > len(ids)
+            bad_rows.notes["prompts cut"] += length > len(ids)
             answer = answer if answer[-1:] == [end] else [*answer, end]
-            labels = self._shortened(answer, self.max_target_length)
-            yield Encoded(ids, labels, len(ids), self._bytes(text, labels, len(answer)))
-
-    def _together(self, row: Record) -> Encoded:
-        messages = [*self.conversation(row), {"role": "assistant", "content": row["references"][0]}]
-        pieces, tokens = self._fitted(messages)
-        ids = [token for piece in tokens for token in piece]
-        learnt = [self._is_learnt(pieces, i) for i in range(len(pieces)) for _ in tokens[i]]
-        labels = [token if is_learnt else IGNORED for token, is_learnt in zip(ids, learnt, strict=True)]
-        kept = [part for i, part in enumerate(tokens) if self._is_learnt(pieces, i)]
-        utf8_bytes = sum(len(self.tokenizer.decode(part, skip_special_tokens=True).encode()) for part in kept)
-        # The last token, an end of text, predicts nothing, and the first is predicted by nothing.
-        return Encoded(ids[:-1], labels[1:], len(ids) - len(tokens[-1]), utf8_bytes)
-
-    def _fitted(self, messages: list[Message]) -> tuple[list[Segment], list[list[int]]]:
-        """Segments and their tokens, at most max_length of them: the longest message before the answer is shortened,
-        and where that is not enough the answer, but for its end."""
-        pieces, tokens = self._tokens(messages)
-        tokens[-1] = self._shortened(tokens[-1], self.max_target_length)
-        excess = sum(map(len, tokens)) - self.max_length
-        if excess <= 0:
-            return pieces, tokens
-        self.prompts_cut += 1
-        longest = max(range(len(messages) - 1), key=lambda i: len(messages[i]["content"]))
-        content = self.tokenizer(messages[longest]["content"], add_special_tokens=False)["input_ids"]
-        while excess > 0 and content:
-            content = content[: max(0, len(content) - excess)]
-            shorter = messages[longest] | {"content": self.tokenizer.decode(content)}
-            pieces, tokens = self._tokens([*messages[:longest], shorter, *messages[longest + 1 :]])
-            tokens[-1] = self._shortened(tokens[-1], self.max_target_length, count=False)
-            excess = sum(map(len, tokens)) - self.max_length
-        if excess > 0:
-            before = sum(map(len, tokens[:-1]))
-            if before >= self.max_length:
-                raise ValueError(
-                    f"--data.max_length is {self.max_length}, and what stands around an answer alone has {before} "
-                    "tokens; raise it"
-                )
-            tokens[-1] = self._shortened(tokens[-1], self.max_length - before)
-        return pieces, tokens
-
-    def _tokens(self, messages: list[Message]) -> tuple[list[Segment], list[list[int]]]:
-        pieces = segments(self.tokenizer, messages)
-        tokens = self.tokenizer([p.text for p in pieces], add_special_tokens=False, verbose=False)["input_ids"]
-        answer, end = tokens[-1], self.tokenizer.eos_token_id
-        while end in answer and answer[-1] != end:
-            answer = answer[:-1]  # line ends after the end of text are never read
-        tokens[-1] = answer if answer[-1:] == [end] else [*answer, end]
-        return pieces, tokens
-
-    def _is_learnt(self, pieces: list[Segment], i: int) -> bool:
-        return self.learn == "all" or (pieces[i].is_answer and (self.learn == "answers" or i == len(pieces) - 1))
-
-    def _shortened(self, answer: list[int], most: int, count: bool = True) -> list[int]:
-        """At most so many tokens, the end of text among them."""
-        if len(answer) <= most:
-            return answer
-        self.answers_cut += count
-        return [*answer[: most - 1], answer[-1]]
-
-    def _bytes(self, text: str, kept: list[int], whole: int) -> int:
-        return len((text if len(kept) == whole else self.tokenizer.decode(kept, skip_special_tokens=True)).encode())
+            labels = shortened(answer, self.max_target_length)
+            if len(labels) < len(answer):
+                bad_rows.notes["answers cut"] += 1
+                text = tokenizer.decode(labels, skip_special_tokens=True)
+            yield Encoded(ids, labels, len(ids), len(text.encode()))
 
     # Batches
 
@@ -260,7 +203,7 @@ class Completions(Examples):
         labels = int((train["labels"].values_N != IGNORED).sum())
         tokens = int(train["input_ids"].lengths.sum()) + labels * self.encodes_apart
         limits = {"prompts": self.max_length, "answers": self.max_target_length}
-        cut = [f"{count:,} {name} at {most} tokens" for name, most in limits.items() if (count := about[f"{name}_cut"])]
+        cut = [f"{count:,} {name} at {most} tokens" for name, most in limits.items() if (count := about["cut"][name])]
         return {
             "text": f"{self.source}: {len(train['labels']):,} examples, {tokens:,} tokens, {labels:,} of them learnt",
             "columns": ", ".join(f"{name} from {column!r}" for name, column in about.get("columns", {}).items()),

@@ -13,7 +13,7 @@ import numpy as np
 from datamodules.cache_folders import written_whole
 from datamodules.token_store import checksum
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SPLITS = ("train", "val")
 
 
@@ -66,7 +66,7 @@ class ExampleStore:
 
     def records(self, split: str) -> list[dict[str, object]]:
         """What the examples of a split were before they became numbers."""
-        return [json.loads(line) for line in (self.folder / f"{split}.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (self.folder / f"{split}.jsonl").open(encoding="utf-8")]
 
 
 def open_examples(folder: Path) -> ExampleStore | None:
@@ -93,7 +93,7 @@ def write_examples(
     with written_whole(folder, is_sound=lambda other: open_examples(other) is not None) as temporary:
         for split in SPLITS:
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records[split]]
-            (temporary / f"{split}.jsonl").write_text("".join(lines))
+            (temporary / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
             for name, field in splits[split].items():
                 ragged = isinstance(field, Ragged)
                 np.save(temporary / f"{split}.{name}.npy", field.values_N if ragged else field)

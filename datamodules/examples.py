@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +16,7 @@ from datamodules import hub
 from datamodules.base import Batch
 from datamodules.cache_folders import cache_root
 from datamodules.example_store import FORMAT_VERSION, ExampleStore, Fields, open_examples, write_examples
-from datamodules.files import BadRows
+from datamodules.files import BadRows, text_format
 from datamodules.ordered import Ordered
 from datamodules.records import Record
 from datamodules.row_order import ByLength, HeldOutOrder, batches_mixed
@@ -126,8 +127,8 @@ class Examples(Ordered, ABC):
         lists. One of the arrays is Ragged: `input_ids`."""
 
     @abstractmethod
-    def encode_asked(self, rows: list[Record]) -> Fields:
-        """The arrays of examples that are not answered."""
+    def encode_asked(self, examples: list[Numbered], bad_rows: BadRows) -> Fields:
+        """The arrays of examples that are not answered; takes those that cannot be encoded out of the list."""
 
     @abstractmethod
     def texts(self, record: Record) -> str:
@@ -166,15 +167,23 @@ class Examples(Ordered, ABC):
         self.rows_per_epoch = len(self.lengths)
         self.tokens_per_row = float(self.lengths.mean())
         if stage == "predict" and self.predict_path:
-            bad_rows = BadRows(self.on_bad_row == "skip")
-            found = self.read(self.files(self.predict_path, "--data.predict_path"), bad_rows, answered=False)
-            if not found:
-                raise ValueError(f"{self.predict_path} has no example; pass others by --data.predict_path")
-            self.asked, self.has_answers = [record for _, record in found], False
-            self.asked_fields = self.encode_asked(self.asked)
+            self._ask(self.predict_path)
         else:
             self.asked, self.asked_fields = self.store.records("val"), self.store.val
         self.seq_len = int(max(self.lengths.max(), self.asked_fields["input_ids"].lengths.max()))
+
+    def _ask(self, path: str | list[str]) -> None:
+        """Of files without answers; each example says where it stands."""
+        bad_rows = BadRows(self.on_bad_row == "skip")
+        found = self.read(self.files(path, "--data.predict_path"), bad_rows, answered=False)
+        self.asked_fields = self.encode_asked(found, bad_rows)
+        if not found:
+            raise ValueError(f"{path} has no example; pass others by --data.predict_path")
+        self.asked, self.has_answers = [{"place": place} | record for place, record in found], False
+        told = {f"bad rows of {file}": count for file, count in bad_rows.skipped.items()} | dict(bad_rows.notes)
+        for what, count in told.items():
+            if count:
+                print(f"note: {count:,} {what}", file=sys.stderr)
 
     def _open(self, build: bool) -> None:
         if self.start is not None and not Path(self.start).exists():
@@ -186,13 +195,14 @@ class Examples(Ordered, ABC):
             train_files, of_the_set = train_files[:1], train_files[1:]
             val_files = val_files or of_the_set
         read = standard_library() if train_files is None else train_files
-        digests = [[hashes(file) for file in files] for files in (read, val_files)]
+        digests = [[(text_format(file), hashes(file)) for file in files] for files in (read, val_files)]
         hashes.save()
         content = [FORMAT_VERSION, type(self).__name__, digests, self.val_fraction, self.on_bad_row, self.settings()]
         examples = partial(self._splits, train_files, val_files, BadRows(self.on_bad_row == "skip"))
         self.tokenizer = self._tokenizer(content, examples)
         self.prepare_tokenizer(self.tokenizer)
         content += [fingerprint(self.tokenizer), self.tokenizer.chat_template, self.max_length]
+        self.tokenizer_digest = fingerprint(self.tokenizer)
         self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         folder = self.cache_dir / "examples" / self.digest
         self.store = open_examples(folder)

@@ -129,11 +129,17 @@ def _of_messages(turns: object, answered: bool) -> Record:
             raise ValueError(f"message {i} {fault}")
         messages.append({"role": ROLES.get(role, role), "content": content})
     if not answered:
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()  # it is asked for anew
+        if not messages:
+            raise ValueError("no message asks for an answer")
         return {"messages": messages}
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()  # a question that nobody answered
     if not messages:
         raise ValueError("no message is by the assistant, so there is nothing to learn")
+    if len(messages) == 1:
+        raise ValueError("nothing stands before the only answer")
     if not messages[-1]["content"].strip():
         raise ValueError("the last answer is empty")
     return {"messages": messages[:-1], "references": [messages[-1]["content"]]}

@@ -158,8 +158,10 @@ class Labelled(Examples):
         }
         return fields["train"], fields["val"], about
 
-    def encode_asked(self, rows: list[Record]) -> Fields:
-        fields, _ = self._token_fields(rows)
+    def encode_asked(self, examples: list[Numbered], bad_rows: BadRows) -> Fields:
+        rows = [record for _, record in examples]
+        fields, cut = self._token_fields(rows)
+        bad_rows.notes["examples cut off"] += cut
         none = {"one": [0], "several": [], "number": [0.0]}[self.kind]
         return fields | {"labels": _label_array([none] * len(rows), self.kind, len(self.label_names))}
 

@@ -88,6 +88,8 @@ class Pairs(Completions):
             raise ValueError(f"{lines[-1]} has lines only, and no file of targets beside it; pass source,target")
         else:
             found = [e for i in range(0, len(lines), 2) for e in _lines(*lines[i : i + 2], bad_rows)]
+            if lines:
+                self.columns = self.columns or {"source": lines[0].name, "target": lines[1].name}
         found += [e for file in files if file not in lines for e in self._rows(file, bad_rows, answered)]
         return found if answered else [(place, {"source": record["source"]}) for place, record in found]
 
@@ -101,18 +103,23 @@ class Pairs(Completions):
         else:
             header, columns = find_columns(file, wanted)
         self.columns = self.columns or columns
-        names = [nested] if nested else list(columns.values())
+        names, found = [nested] if nested else list(columns.values()), False
         for number, row in records(file, bad_rows, names, "target_column", header):
             place = f"{file}:{number}"
             if nested:
                 row = row[nested] if isinstance(row[nested], dict) else {}
-                if missing := [f"{name}_column" for name, column in columns.items() if column not in row]:
-                    raise ValueError(f"{place}: pass --data.{missing[0]}, one of: {', '.join(row) or 'none'}")
+                lacking = [name for name, column in columns.items() if column not in row]
+                if lacking and not found:
+                    raise ValueError(f"{place}: pass --data.{lacking[0]}_column, one of: {', '.join(row) or 'none'}")
+                if lacking:
+                    bad_rows.add(str(file), f"{place}: no {columns[lacking[0]]!r}")
+                    continue
+                found = True
             texts = {name: _texts(row[column]) for name, column in columns.items()}
             faults = [
                 f"{columns[name]!r} {fault}"
-                for name, found in texts.items()
-                for text in (found or [""])
+                for name, several in texts.items()
+                for text in (several or [""])
                 if (fault := fault_of(text) or (None if text.strip() else "is empty"))
             ]
             if faults:

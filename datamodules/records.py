@@ -6,6 +6,7 @@ A row is numbered as a person would find it: by lines in jsonl, from 1 on and wi
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,8 +64,19 @@ def missing(path: Path | str, columns: Sequence[str], found: Sequence[str], flag
 
 def _csv_lines(path: Path) -> Iterator[list[str]]:
     csv.field_size_limit(sys.maxsize)
-    separator = "\t" if text_format(path) == ".tsv" else ","
-    return csv.reader(lines_of(decoded_blocks(path)), delimiter=separator)
+    if text_format(path) != ".tsv":
+        return csv.reader(lines_of(decoded_blocks(path)))
+    counts = {line.count("\t") for line in lines_of(decoded_blocks(path)) if line.strip()}
+    lines = lines_of(decoded_blocks(path))
+    # A field that holds a tab or a line end has to be in quotes; where all lines have as many fields, none does.
+    return csv.reader(lines, delimiter="\t") if len(counts) > 1 else map(_tab_fields, lines)
+
+
+def _tab_fields(line: str) -> list[str]:
+    """Quotes stand for themselves unless they open and close a field."""
+    fields = line.rstrip("\r\n").split("\t")
+    quoted = re.compile(r'"(?:[^"]|"")*"')
+    return [field[1:-1].replace('""', '"') if quoted.fullmatch(field) else field for field in fields if line.strip()]
 
 
 def _csv_records(

@@ -63,8 +63,8 @@ class Spans(Examples):
         **settings: object,
     ):
         super().__init__(**settings)
-        if not 0 <= stride < self.max_length // 2:
-            raise ValueError(f"--data.stride is {stride}; it must be 0 or more and less than half of --data.max_length")
+        if stride < 0:
+            raise ValueError(f"--data.stride is {stride}; it must be 0 or more")
         self.question_column, self.context_column = question_column, context_column
         self.answer_column = answer_column
         self.stride = stride
@@ -83,22 +83,17 @@ class Spans(Examples):
 
     def builtin(self) -> Iterator[Record]:
         for i, asked in enumerate(default_values()):
-            known = {"references": [asked.answer], "starts": [asked.start]} if asked.answer else {}
+            known = {"references": [asked.answer], "span": [asked.start, len(asked.answer)]} if asked.answer else {}
             yield {
                 "id": str(i),
                 "title": asked.context,
                 "question": asked.question,
                 "context": asked.context,
-                **({"references": [], "starts": []} | known),
+                **({"references": [], "span": None} | known),
             }
 
     def read(self, files: list[Path], bad_rows: BadRows, answered: bool = True) -> list[Numbered]:
-        found = []
-        for file in files:
-            for place, record in self._read(file, bad_rows, answered):
-                if _has_its_answers(record, bad_rows):
-                    found.append((place, record))
-        return found
+        return [example for file in files for example in self._read(file, bad_rows, answered)]
 
     def _read(self, file: Path, bad_rows: BadRows, answered: bool) -> Iterator[Numbered]:
         first = next((row for _, row in records(file, BadRows(skip=True))), {})
@@ -122,12 +117,16 @@ class Spans(Examples):
     def _articles(self, file: Path, bad_rows: BadRows, answered: bool) -> Iterator[Numbered]:
         """SQuAD's own form."""
         for number, article in records(file, bad_rows, ["paragraphs"], "path"):
-            for paragraph in article["paragraphs"]:
-                for question in paragraph.get("qas", []):
+            place = f"{file}:article {number}"
+            for paragraph in _objects(article["paragraphs"], "paragraphs", file, place, bad_rows):
+                for question in _objects(paragraph.get("qas"), "qas", file, place, bad_rows):
                     known_by = str(question.get("id", number))
                     asked = {"id": known_by, "title": article.get("title")}
-                    impossible = question.get("is_impossible") or not answered
-                    answers = [] if impossible else question.get("answers", [])
+                    impossible = bool(question.get("is_impossible")) or not answered
+                    if not impossible and "answers" not in question:
+                        bad_rows.add(str(file), f"{file}:{known_by}: no 'answers'")
+                        continue
+                    answers = [] if impossible else question["answers"]
                     values = (question.get("question"), paragraph.get("context"), answers)
                     yield from self._checked(file, f"{file}:{known_by}", asked, *values, bad_rows)
 
@@ -146,7 +145,7 @@ class Spans(Examples):
             return
         title = asked["title"] if isinstance(asked["title"], str) else None
         record = {"id": asked["id"], "title": title, "question": question.strip(), "context": context}
-        yield place, record | {"references": texts, "starts": starts}
+        yield place, record | {"references": texts, "span": _first_span(texts, starts, context, bad_rows)}
 
     def key(self, record: Record) -> str:
         return record["title"] or record["context"]
@@ -159,24 +158,27 @@ class Spans(Examples):
     def encode(self, train: list[Numbered], val: list[Numbered], bad_rows: BadRows) -> tuple[Fields, Fields, dict]:
         if not self.tokenizer.is_fast:
             raise ValueError("the tokenizer knows no places in the text; pass one with a tokenizer.json")
-        fields = [self._fields([record for _, record in examples]) for examples in (train, val)]
+        # What cannot be pointed at teaches nothing; in a held-out question it counts as the reference scorer has it.
+        train[:] = [(place, record) for place, record in train if record["span"] or not record["references"]]
+        fields = [self._fields([record for _, record in examples], bad_rows) for examples in (train, val)]
         about = {
             "columns": self.columns,
             "unanswerable": sum(not record["references"] for _, record in train),
             "searched_again": bad_rows.notes["searched again"],
             "not_in_context": bad_rows.notes["not in context"],
+            "questions_cut": bad_rows.notes["questions cut"],
         }
         return *fields, about
 
     def examples_of_rows(self, fields: Fields) -> np.ndarray:
         return np.asarray(fields["example"])
 
-    def encode_asked(self, rows: list[Record]) -> Fields:
-        return self._fields(rows)
+    def encode_asked(self, examples: list[Numbered], bad_rows: BadRows) -> Fields:
+        return self._fields([record for _, record in examples], bad_rows)
 
-    def _fields(self, rows: list[Record]) -> Fields:
+    def _fields(self, rows: list[Record], bad_rows: BadRows) -> Fields:
         windows, examples, labels = [], [], []
-        for i, (row, found) in enumerate(zip(rows, self._windows(rows), strict=True)):
+        for i, (row, found) in enumerate(zip(rows, self._windows(rows, bad_rows), strict=True)):
             for window in found:
                 windows.append(window)
                 examples.append(i)
@@ -193,11 +195,18 @@ class Spans(Examples):
             fields["token_type_ids"] = Ragged.of([window.token_type_ids for window in windows])
         return fields
 
-    def _windows(self, rows: list[Record]) -> Iterator[list[Window]]:
+    def _windows(self, rows: list[Record], bad_rows: BadRows) -> Iterator[list[Window]]:
         tokenizer = self.tokenizer
         if not rows:
             return
-        questions = self._questions(rows)
+        special = tokenizer.num_special_tokens_to_add(pair=True) or 2
+        least = self.max_length - self.max_length // 2 - special
+        if self.stride >= least:
+            raise ValueError(
+                f"--data.stride is {self.stride}, and windows of {self.max_length} tokens leave {least} to the context "
+                "of a long question; pass a smaller one, or a larger --data.max_length"
+            )
+        questions = self._questions(rows, bad_rows)
         contexts = [row["context"] for row in rows]
         if tokenizer.num_special_tokens_to_add(pair=True) == 0:
             yield from self._plain_windows(questions, contexts)
@@ -221,10 +230,11 @@ class Spans(Examples):
             found[example].append(Window(ids, types, (begin, end), list(starts), list(ends)))
         yield from found
 
-    def _questions(self, rows: list[Record]) -> list[str]:
+    def _questions(self, rows: list[Record], bad_rows: BadRows) -> list[str]:
         """The questions, at most half a window long."""
         most, questions = self.max_length // 2, [row["question"] for row in rows]
         encoded = self.tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        bad_rows.notes["questions cut"] += sum(len(places) > most for places in encoded["offset_mapping"])
         return [
             question if len(places) <= most else question[: places[most - 1][1]]
             for question, places in zip(questions, encoded["offset_mapping"], strict=True)
@@ -251,10 +261,10 @@ class Spans(Examples):
 
     def _label(self, row: Record, window: Window) -> tuple[int, int]:
         """First and last token of the first answer, or NO_ANSWER."""
-        if not row["references"] or not window.starts:
+        if row.get("span") is None or not window.starts:
             return NO_ANSWER
-        first = row["starts"][0]
-        last = first + len(row["references"][0])
+        first, length = row["span"]
+        last = first + length
         if window.starts[0] > first or window.ends[-1] < last:
             return NO_ANSWER
         begin = int(np.searchsorted(window.ends, first, side="right"))
@@ -301,30 +311,40 @@ class Spans(Examples):
         questions = [int(fields["example"][-1]) + 1 for fields in (train, val)]
         none = f", {about['unanswerable']:,} without an answer" if about["unanswerable"] else ""
         again = f"{about['searched_again']:,} did not start where the data say" if about["searched_again"] else ""
-        left_out = f"{about['not_in_context']:,} not in their context, left out" if about["not_in_context"] else ""
+        left_out = (
+            f"{about['not_in_context']:,} not in their context, not trained on" if about["not_in_context"] else ""
+        )
+        cut = f"{about['questions_cut']:,} questions at {self.max_length // 2} tokens" if about["questions_cut"] else ""
         return {
             "text": f"{self.source}: {questions[0]:,} questions{none}, {len(train['labels']):,} windows, "
             f"{int(self.lengths.sum()):,} tokens",
             "columns": ", ".join(f"{name} from {column!r}" for name, column in about["columns"].items()),
             "held out": f"{questions[1]:,} questions, {len(val['labels']):,} windows",
             "answers": "; ".join(note for note in (again, left_out) if note),
+            "cut off": cut,
             "skipped": ", ".join(f"{count:,} bad rows of {file}" for file, count in about["skipped_rows"].items()),
         }
 
 
-def _has_its_answers(record: Record, bad_rows: BadRows) -> bool:
-    """Sets right where each answer starts, and takes out those that are not in the context; False where that leaves
-    none of them."""
-    kept = []
-    for text, start in zip(record["references"], record["starts"], strict=True):
-        found = place_of(text, record["context"], start)
+def _first_span(texts: list[str], starts: list[int], context: str, bad_rows: BadRows) -> list[int] | None:
+    """Where the first of the answers stands that is in the context, and its length; None if none is."""
+    for text, start in zip(texts, starts, strict=True):
+        found = place_of(text, context, start)
         bad_rows.notes["searched again"] += found not in (start, -1) and start >= 0
         if found >= 0:
-            kept.append((text, found))
-    had_answers = bool(record["references"])
-    record["references"], record["starts"] = [text for text, _ in kept], [start for _, start in kept]
-    bad_rows.notes["not in context"] += had_answers and not kept
-    return bool(kept) or not had_answers
+            return [found, len(text)]
+    bad_rows.notes["not in context"] += bool(texts)
+    return None
+
+
+def _objects(value: object, name: str, file: Path, place: str, bad_rows: BadRows) -> list[dict]:
+    """The objects of a list; whatever else stands there is told or counted."""
+    if not isinstance(value, list):
+        bad_rows.add(str(file), f"{place}: {name!r} is no list")
+        return []
+    for other in (item for item in value if not isinstance(item, dict)):
+        bad_rows.add(str(file), f"{place}: in {name!r} stands {type(other).__name__} and no object")
+    return [item for item in value if isinstance(item, dict)]
 
 
 def place_of(text: str, context: str, start: int) -> int:
@@ -355,5 +375,13 @@ def _answers(given: object) -> tuple[list[str], list[int]]:
             raise ValueError(f"an answer {fault}")
     if len(starts) != len(texts):
         raise ValueError(f"{len(texts)} answers and {len(starts)} places")
-    places = [start if isinstance(start, int) and not isinstance(start, bool) else -1 for start in starts]
-    return texts, places
+    return texts, [_place(start) for start in starts]
+
+
+def _place(start: object) -> int:
+    """-1 where the data do not say it; as floats they come from tables with gaps."""
+    if start is None or start != start:
+        return -1
+    if isinstance(start, bool) or not isinstance(start, int | float) or start != int(start):
+        raise ValueError(f"an answer starts at {start!r}, which is no place")
+    return int(start)

@@ -97,6 +97,16 @@ class Completion(FineTune):
     def prepare(self, network: PreTrainedModel) -> None:
         self.token_loss = TokenLoss(network, self.label_smoothing, keep_only_labels=True)
         self.positions = max_positions(network)
+        # generate() fills what a config leaves open from the network's own, so that says no more than which tokens
+        # begin and end: penalties and lengths that belong to another task would be scored here and not exported.
+        own = network.generation_config
+        start = network.config.decoder_start_token_id if self.encodes_apart else None
+        network.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id,
+            eos_token_id=own.eos_token_id,
+            decoder_start_token_id=own.decoder_start_token_id or start,
+            forced_bos_token_id=own.forced_bos_token_id,
+        )
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor | bool]:
         """What the network reads of a batch."""
@@ -124,32 +134,41 @@ class Completion(FineTune):
     @torch.no_grad()
     def write(self, batch: dict[str, Tensor]) -> list[tuple[str, bool]]:
         """For each example what the model answers, and whether it came to an end by itself."""
-        tokenizer, network = self.trainer.datamodule.tokenizer, self.plain_network
+        data = self.trainer.datamodule
+        wanted = self.max_new_tokens or data.longest_answer
+        lengths_B = torch.ones_like(batch["prompt_lengths"]) if self.encodes_apart else batch["prompt_lengths"]
+        # The last new token is never read, so it needs no position. What one row has no room for the others still have.
+        room_B = (self.positions or 2**31) - lengths_B + 1
+        new_B = room_B.clamp(min=1, max=wanted)
+        written: list[tuple[str, bool]] = [("", False)] * len(new_B)
+        for new in new_B.unique().tolist():
+            rows = (new_B == new).nonzero()[:, 0]
+            found = self._written({name: value[rows] for name, value in batch.items()}, new)
+            for row, text in zip(rows.tolist(), found, strict=True):
+                written[row] = text
+        return written
+
+    def _written(self, batch: dict[str, Tensor], new: int) -> list[tuple[str, bool]]:
+        tokenizer = self.trainer.datamodule.tokenizer
         if self.encodes_apart:
             prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            before = 0
+            before = 1  # the decoder's first token is given
         else:
             ids_BP, mask_BP = left_padded(batch["input_ids"], batch["prompt_lengths"], self.trainer.datamodule.pad_id)
             prompts = {"input_ids": ids_BP, "attention_mask": mask_BP}
             before = ids_BP.shape[1]
-        settings = self.generation(before)
-        tokens = network.generate(**prompts, generation_config=settings)[:, before:].tolist()
+        settings = self.generation(new)
+        tokens = self.plain_network.generate(**prompts, generation_config=settings)[:, before:].tolist()
         ends = set(settings.eos_token_id)
-        start = 1 if self.encodes_apart else 0  # the decoder's first token was given
         return [
-            (tokenizer.decode(ids, skip_special_tokens=True).strip(), any(token in ends for token in ids[start:]))
+            (tokenizer.decode(ids, skip_special_tokens=True).strip(), any(token in ends for token in ids))
             for ids in tokens
         ]
 
-    def generation(self, before: int = 0) -> GenerationConfig:
-        """How an answer is written behind a prompt of so many tokens: the likeliest, with the key-value cache."""
-        data, network = self.trainer.datamodule, self.plain_network
-        new = self.max_new_tokens or data.longest_answer
-        if self.positions is not None:
-            new = max(1, min(new, self.positions - before))
-        ends = network.generation_config.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
-        own = network.generation_config
+    def generation(self, new: int) -> GenerationConfig:
+        """How an answer of at most so many tokens is written: the likeliest, with the key-value cache."""
+        data, own = self.trainer.datamodule, self.plain_network.generation_config
+        ends = [own.eos_token_id] if isinstance(own.eos_token_id, int) else own.eos_token_id or []
         return GenerationConfig(
             max_new_tokens=new,
             num_beams=self.num_beams,
@@ -158,7 +177,7 @@ class Completion(FineTune):
             eos_token_id=sorted({*ends, data.tokenizer.eos_token_id}),
             pad_token_id=data.pad_id,
             bos_token_id=own.bos_token_id,
-            decoder_start_token_id=network.config.decoder_start_token_id if self.encodes_apart else None,
+            decoder_start_token_id=own.decoder_start_token_id,
             forced_bos_token_id=own.forced_bos_token_id,
         )
 
@@ -196,7 +215,7 @@ class Completion(FineTune):
 
     def exported(self) -> PreTrainedModel:
         network = super().exported()
-        network.generation_config = self.generation()
+        network.generation_config = self.generation(self.max_new_tokens or self.trainer.datamodule.longest_answer)
         return network
 
     def next_command(self, model: str, data: LightningDataModule) -> str:

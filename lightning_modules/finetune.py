@@ -203,10 +203,11 @@ class FineTune(ScheduledStep):
 
     def _require_positions(self, positions: int | None) -> None:
         data = self.trainer.datamodule
-        if positions is not None and data.seq_len > positions:
+        width = -(-data.seq_len // 8) * 8  # to which examples are padded
+        if positions is not None and width > positions:
             raise ValueError(
-                f"an example has {data.seq_len:,} tokens, and the model {positions:,} positions; pass "
-                f"--data.max_length {positions}"
+                f"an example has {data.seq_len:,} tokens, {width:,} when it is padded, and the model {positions:,} "
+                f"positions; pass --data.max_length {positions // 8 * 8}"
             )
 
     @property
@@ -287,6 +288,7 @@ class FineTune(ScheduledStep):
         adapter = self.adapter and f"{self.adapter.kind} of rank {self.adapter.rank}"
         return {"task": type(self).__name__, "network": type(self.plain_network).__name__} | {
             "labels": ", ".join(labels),
+            "tokenizer": self.trainer.datamodule.tokenizer_digest[:12],
             "adapter": adapter or "none",
         }
 

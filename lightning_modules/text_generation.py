@@ -55,8 +55,9 @@ def short_answer(text: str) -> str | None:
 
 def matches(written: str, reference: str) -> bool:
     """Whether an answer is the short answer of the reference."""
-    found = written.rpartition(FINAL)[2].replace(",", "") if FINAL in reference else written
-    return _normal(found) == short_answer(reference)
+    if FINAL not in reference:
+        return _normal(written) == short_answer(reference)
+    return FINAL in written and _normal(written.rpartition(FINAL)[2]).replace(",", "") == short_answer(reference)
 
 
 def _normal(text: str) -> str:

@@ -112,7 +112,7 @@ CHAT = [
 def test_of_a_conversation_all_answers_are_learnt_or_the_last(learn, expected, tokenizer, tmp_path):
     file = jsonl(tmp_path, [{"messages": CHAT, "id": i} for i in range(8)])
     data = Instructions(path=str(file), val_path=str(file), tokenizer=str(tokenizer), learn=learn)
-    assert [text.strip() for text in learnt(opened(data))] == expected
+    assert learnt(opened(data)) == expected  # and no line end behind an end of text
 
 
 def test_all_can_be_learnt_prompts_too(tokenizer, tmp_path):
@@ -164,7 +164,7 @@ def test_what_is_too_long_is_cut_and_counted_and_the_end_of_text_stays(apart, to
     file = jsonl(tmp_path, [long, {"source": "yes", "target": "no"}])
     settings = {"tokenizer": str(tokenizer), "max_length": 60, "max_target_length": 20}
     data = opened(Pairs(path=str(file), val_path=str(file), **settings), apart)
-    assert (data.store.about["prompts_cut"], data.store.about["answers_cut"]) == (2, 2)
+    assert data.store.about["cut"] == {"prompts": 2, "answers": 2}
     ids, labels = data.store.train["input_ids"], data.store.train["labels"]
     assert ids.lengths.max() <= 60 and data.longest_answer == 20
     assert [labels[i][-1] for i in range(2)] == [data.tokenizer.eos_token_id] * 2
@@ -181,6 +181,70 @@ def test_an_encoder_reads_the_source_as_its_tokenizer_makes_it(tokenizer, tmp_pa
     batch = next(iter(data.train_dataloader()))
     assert batch["labels"].shape[1] < batch["input_ids"].shape[1] + 8
     assert batch["input_ids"][0][: batch["prompt_lengths"][0]].tolist() == data.tokenizer(source)["input_ids"]
+
+
+def test_a_conversation_of_many_turns_is_shortened_where_it_is_longest_or_told(tokenizer, tmp_path):
+    turns = [{"role": role, "content": f"a red dog {i}"} for i in range(6) for role in ("user", "assistant")]
+    turns[2]["content"] = "runs in the green park " * 20
+    file = jsonl(tmp_path, [{"messages": turns}, {"messages": CHAT}])
+    settings = {"path": str(file), "val_path": str(file), "tokenizer": str(tokenizer)}
+    data = opened(Instructions(**settings, max_length=240))
+    assert data.lengths.max() < 240 and data.store.about["cut"]["prompts"] == 2
+    assert learnt(data)[-1] == "a red dog 5<|endoftext|>" and len(learnt(data)) == 6
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: what stands around its 11 messages alone has \d+ tokens"):
+        opened(Instructions(**settings, max_length=60))
+    data = opened(Instructions(**settings, max_length=60, on_bad_row="skip"))
+    assert len(data.store.records("train")) == 1
+
+
+def test_a_greeting_before_any_question_is_read_and_not_learnt(tokenizer, tmp_path):
+    greeted = [{"role": "assistant", "content": "Hello!"}, *CHAT[1:]]
+    file = jsonl(tmp_path, [{"messages": greeted}] * 2)
+    data = opened(Instructions(path=str(file), val_path=str(file), tokenizer=str(tokenizer)))
+    assert learnt(data) == ["yes<|endoftext|>", "no<|endoftext|>"] and "Hello!" in data.shown(0)[0][0]
+
+
+def test_the_prompt_of_a_conversation_is_what_the_tokenizer_makes_of_it_as_a_whole(tokenizer, tmp_path):
+    file = jsonl(tmp_path, [{"messages": CHAT}] * 2)
+    data = opened(Instructions(path=str(file), val_path=str(file), tokenizer=str(tokenizer)))
+    asked = data.tokenizer.apply_chat_template(CHAT[:-1], add_generation_prompt=True, return_dict=False)
+    length = int(data.store.train["prompt_length"][0])
+    assert data.store.train["input_ids"][0][:length].tolist() == asked
+
+
+def test_a_column_that_only_some_rows_have_is_found(tokenizer, tmp_path):
+    rows = [{"instruction": f"Say {i}", "output": "yes"} | ({"input": f"dog {i}"} if i else {}) for i in range(9)]
+    file = jsonl(tmp_path, rows)
+    data = opened(Instructions(path=str(file), val_path=str(file), tokenizer=str(tokenizer)))
+    assert [record["input"] for record in data.asked[:2]] == ["Say 0", "Say 1\n\ndog 1"]
+
+
+def test_line_ends_of_every_kind_stand_in_texts(tokenizer, tmp_path):
+    rows = [{"source": f"dog\u2028{i}\x85", "target": "no\u2029"} for i in range(9)]
+    file = jsonl(tmp_path, rows)
+    data = opened(Pairs(path=str(file), val_path=str(file), tokenizer=str(tokenizer)))
+    assert data.asked[3]["source"] == "dog\u20283\x85"
+
+
+def test_quotes_in_tabbed_files_stand_for_themselves_unless_they_close_a_field(tokenizer, tmp_path):
+    lines = [f"dog {i}\tHund {i}" for i in range(9)]
+    lines[2], lines[5], lines[7] = 'dog 2\t"halb offen', 'dog 5\t"zu" gesagt', 'dog 7\t"ganz ""zu"""'
+    (tmp_path / "a.tsv").write_text("\n".join(lines) + "\n")
+    data = opened(Pairs(path=str(tmp_path / "a.tsv"), val_path=str(tmp_path / "a.tsv"), tokenizer=str(tokenizer)))
+    targets = [record["references"][0] for record in data.asked]
+    assert (
+        len(targets) == 9 and targets[2] == '"halb offen' and targets[5] == '"zu" gesagt' and targets[7] == 'ganz "zu"'
+    )
+
+
+def test_the_same_bytes_under_another_suffix_are_other_examples(tokenizer, tmp_path):
+    for suffix in ("csv", "tsv"):
+        (tmp_path / f"a.{suffix}").write_text("".join(f"dog {i}, x\tHund {i}\n" for i in range(9)))
+    sources = []
+    for suffix in ("csv", "tsv"):
+        file = str(tmp_path / f"a.{suffix}")
+        sources.append(opened(Pairs(path=file, val_path=file, tokenizer=str(tokenizer))).asked[0]["source"])
+    assert sources == ["dog 0", "dog 0, x"]
 
 
 # Pairs in all forms

@@ -86,7 +86,7 @@ def test_offsets_that_are_wrong_are_searched_for_again_and_answers_that_are_not_
     data = opened(written(tmp_path, content), tokenizer, max_length=400)
     assert (data.store.about["searched_again"], data.store.about["not_in_context"]) == (35, 1)
     assert all(here.strip() == answer for here, answer in spans_of(data, "train"))
-    assert "35 did not start where the data say; 1 not in their context, left out" in data.plan()["answers"]
+    assert "35 did not start where the data say; 1 not in their context, not trained on" in data.plan()["answers"]
 
 
 def test_the_place_nearest_to_the_wrong_one_is_taken():
@@ -139,6 +139,50 @@ def test_questions_without_an_answer_point_to_the_first_token(tokenizer, tmp_pat
 def test_a_row_that_is_no_question_is_told(row, told, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=f"rows.jsonl:1: {told}"):
         opened(written(tmp_path, [row], "rows.jsonl"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        ({"paragraphs": ["x"]}, "article 1: in 'paragraphs' stands str and no object"),
+        ({"paragraphs": [{"context": "a b", "qas": None}]}, "article 1: 'qas' is no list"),
+        ({"paragraphs": [{"context": "a b", "qas": [{"id": "q", "question": "x?"}]}]}, "q: no 'answers'"),
+    ],
+)
+def test_a_damaged_document_of_squad_is_told_or_counted(broken, told, tokenizer, tmp_path):
+    content = squad(9)
+    content["data"].insert(0, {"title": "broken"} | broken)
+    file = written(tmp_path, content)
+    with pytest.raises(ValueError, match=told):
+        opened(file, tokenizer)
+    data = opened(file, tokenizer, on_bad_row="skip")
+    assert sum(data.skipped_rows.values()) == 1 and not data.has_unanswerable
+
+
+def test_a_reference_that_is_no_span_still_counts_where_answers_are_scored(tokenizer, tmp_path):
+    text = "seven green stones"
+    rows = [{"context": f"{text} {'x' * i}", "question": "How many?", "answers": ["7", "seven"]} for i in range(9)]
+    rows.append({"context": "nothing", "question": "How many?", "answers": ["9"]})
+    file = written(tmp_path, rows, "rows.jsonl")
+    data = opened(file, tokenizer, val_path=str(file))
+    assert len(data.asked) == 10 and data.asked[0]["references"] == ["7", "seven"]
+    assert len(data.store.records("train")) == 9 and {here.strip() for here, _ in spans_of(data, "train")} == {"seven"}
+
+
+def test_places_that_a_table_made_floats_are_places(tokenizer, tmp_path):
+    answers = {"answers": {"text": ["3"], "answer_start": [15.0]}}
+    rows = [{"context": "3 then 3 again 3", "question": f"Which {i}?"} | answers for i in range(9)]
+    data = opened(written(tmp_path, rows, "rows.jsonl"), tokenizer, val_path=str(tmp_path / "rows.jsonl"))
+    assert data.asked[0]["span"] == [15, 1]
+
+
+def test_a_stride_that_leaves_a_long_question_no_context_is_told(word_pieces, tmp_path):
+    content = squad(9)
+    content["data"][0]["paragraphs"][0]["qas"][0]["question"] = "river " * 80
+    file = written(tmp_path, content)
+    with pytest.raises(ValueError, match="--data.stride is 30, and windows of 64 tokens leave 29"):
+        opened(file, word_pieces, max_length=64, stride=30)
+    assert opened(file, word_pieces, max_length=64, stride=20).store.about["questions_cut"] == 1
 
 
 # What the modules do with them

@@ -4,6 +4,7 @@ computes them."""
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    T5Config,
+    pipeline,
+)
 
 from datamodules.instructions import Instructions
 from datamodules.pairs import Pairs
@@ -197,6 +205,26 @@ def test_an_answer_is_the_same_in_a_batch_as_alone_and_as_by_transformers(
         assert text == together[i][0]
 
 
+def test_a_long_prompt_takes_no_room_from_the_answers_beside_it(decoder, questions):
+    module, batch = instructed(decoder, questions, max_new_tokens=30)
+    alone = [module.write({name: value[i : i + 1] for name, value in batch.items()})[0] for i in range(8)]
+    longest = int(batch["prompt_lengths"].argmax())
+    module.positions = int(batch["prompt_lengths"].max()) + 4  # of which the longest leaves room for five tokens
+    together = module.write(batch)
+    with_room = [i for i in range(8) if batch["prompt_lengths"][i] <= module.positions - 29]
+    assert with_room and all(together[i] == alone[i] for i in with_room)
+    assert len(together[longest][0]) < len(alone[longest][0])
+
+
+def test_what_another_task_left_in_the_generation_config_is_not_used(decoder, questions, tmp_path):
+    shutil.copytree(decoder, tmp_path / "other")
+    GenerationConfig(repetition_penalty=3.0, min_length=40, no_repeat_ngram_size=1).save_pretrained(tmp_path / "other")
+    plain, batch = instructed(decoder, questions, max_new_tokens=12)
+    other, _ = instructed(tmp_path / "other", questions, max_new_tokens=12)
+    assert other.write(batch) == plain.write(batch)
+    assert other.exported().generation_config.repetition_penalty is None
+
+
 @pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
 def test_an_adapter_begins_as_the_model_itself(kind, decoder, questions, pairs):
     made = (instructed, (decoder, questions)) if kind == "decoder" else (translated, (pairs,))
@@ -252,6 +280,7 @@ def test_what_can_be_right_or_wrong_of_an_answer():
     assert short_answer("She has 1,000 eggs.\n#### 1,000") == "1000" and short_answer("Yes.") == "yes"
     assert short_answer("a long answer of many words that cannot be right or wrong as such") is None
     assert matches("so 1000\n#### 1000", "#### 1,000") and not matches("#### 999", "#### 1,000")
+    assert not matches("1000", "#### 1,000")  # as GSM8K's own scorer has it
     assert matches(" yes ", "Yes.") and not matches("yes and no", "yes")
 
 
@@ -387,6 +416,18 @@ def test_a_checkpoint_of_another_task_is_told(decoder, questions, tmp_path, caps
     again = flags_of(tmp_path, **flags, **{"ckpt_path": "last", "trainer.max_steps": 4})
     told = refused(capsys, "--config", "recipes/finetune_text_generation.yaml", *again, "--model", "Summarization")
     assert "the checkpoint has task TextGeneration, this run Summarization" in told
+
+
+def test_a_checkpoint_of_another_tokenizer_is_told(pairs, tmp_path, capsys, monkeypatch):
+    for side in ("en", "de"):
+        shutil.copy(pairs / f"val.{side}", tmp_path / f"a.{side}")
+    data = {"data.path": f"{tmp_path}/a.en,{tmp_path}/a.de", "trainer.max_steps": 1, "trainer.val_check_interval": 1}
+    fit("translation", tmp_path / "run", **TRANSLATION, **data, **{"trainer.max_epochs": None})
+    (tmp_path / "a.en").write_text((tmp_path / "a.en").read_text().replace("white", "amber"))  # as many ids, others
+    flags = ["--config", str(tmp_path / "run" / "config.yaml"), "--ckpt_path=last"]
+    with pytest.raises(SystemExit) as stop:
+        run("predict", *flags, f"--data.predict_path={tmp_path}/a.en")
+    assert stop.value.code == 2 and "the checkpoint has tokenizer" in capsys.readouterr().err
 
 
 def test_the_merged_model_and_the_adapter_are_both_left(decoder, questions, tmp_path):
