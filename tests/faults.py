@@ -104,7 +104,7 @@ def command(
 
 def killed_until_done(argv: list[str], folder: Path, rng: random.Random, kills: int, longest: float) -> tuple[int, int]:
     """Starts the same command again and again, kills it after up to `longest` seconds `kills` times, then lets it end.
-    Every other time up to 0.15 seconds after its first step, however slow the machine is.
+    Every other time up to 0.08 seconds after its first step, however slow the machine is.
     Returns how many of the kills met a living process, and how often it went on from a checkpoint."""
     met, log, done = 0, folder / "log", folder / "checkpoints" / STEPS_DONE
     for i in range(kills):
@@ -112,7 +112,7 @@ def killed_until_done(argv: list[str], folder: Path, rng: random.Random, kills: 
         before = done.read_bytes() if done.exists() else b""
         while i % 2 and process.is_alive() and (not done.exists() or done.read_bytes() in (before, b"")):
             time.sleep(0.005)
-        process.join(rng.uniform(0, 0.15 if i % 2 else longest))
+        process.join(rng.uniform(0, 0.08 if i % 2 else longest))
         met += process.is_alive()
         process.kill()
         process.join()
