@@ -14,17 +14,21 @@ Run:
 from pathlib import Path
 
 from datamodules.examples import Examples
-from datamodules.instructions import Instructions  # noqa: F401
-from datamodules.labelled import Labelled  # noqa: F401 - so that --data Labelled needs no package
-from datamodules.pairs import Pairs  # noqa: F401
-from datamodules.spans import Spans  # noqa: F401
+from datamodules.instructions import Instructions
+from datamodules.labelled import Labelled
+from datamodules.pairs import Pairs
+from datamodules.spans import Spans
 from lightning_modules.classification import Classification
 from lightning_modules.cli import main
 from lightning_modules.finetune import FineTune
-from lightning_modules.question_answering import QuestionAnswering  # noqa: F401
-from lightning_modules.summarization import Summarization  # noqa: F401
-from lightning_modules.text_generation import TextGeneration  # noqa: F401
-from lightning_modules.translation import Translation  # noqa: F401
+from lightning_modules.question_answering import QuestionAnswering
+from lightning_modules.summarization import Summarization
+from lightning_modules.text_generation import TextGeneration
+from lightning_modules.translation import Translation
+
+TASKS = (Classification, QuestionAnswering, Summarization, TextGeneration, Translation)
+DATA = (Instructions, Labelled, Pairs, Spans)
+"""What --model and --data know by its name alone, since it is imported here."""
 
 if __name__ == "__main__":
     script = Path(__file__)
