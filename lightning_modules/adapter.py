@@ -62,8 +62,11 @@ class Adapter:
         settings = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16} | four
         return {"quantization_config": BitsAndBytesConfig(**(settings if self.bits == 4 else {"load_in_8bit": True}))}
 
-    def added_to(self, network: PreTrainedModel, auto_class: type) -> "PeftModel":
-        """The network with new weights whose product is zero, so that it is still the same function."""
+    def added_to(self, network: PreTrainedModel, auto_class: type, new_parts: list[str]) -> "PeftModel":
+        """The network with new weights whose product is zero, so that it is still the same function.
+
+        `new_parts` names modules besides the head that the model to begin with lacks: they learn, and are saved, whole.
+        """
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
         if getattr(network, "is_quantized", False):
@@ -75,6 +78,7 @@ class Adapter:
             lora_dropout=self.dropout,
             use_dora=self.kind == "dora",
             target_modules=self.target_modules,
+            modules_to_save=new_parts or None,
         )
         try:
             return get_peft_model(network, config)
@@ -84,11 +88,13 @@ class Adapter:
                 "by --model.adapter.target_modules, or all-linear"
             ) from None
 
-    def merged(self, trained: "PeftModel", base: PreTrainedModel, auto_class: type) -> PreTrainedModel:
+    def merged(
+        self, trained: "PeftModel", base: PreTrainedModel, auto_class: type, new_parts: list[str]
+    ) -> PreTrainedModel:
         """The network that a trained one adds up to; onto `base`, whole weights of the same model, where its own are of
         few bits."""
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        whole = self.added_to(base, auto_class)
+        whole = self.added_to(base, auto_class, new_parts)
         set_peft_model_state_dict(whole, get_peft_model_state_dict(trained))
         return whole.merge_and_unload()

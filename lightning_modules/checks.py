@@ -191,7 +191,7 @@ def exported(trainer: Trainer, module: LightningModule, batch: dict[str, Tensor]
     """The folder that the run would leave, loaded by transformers."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder) / "model", module, trainer.datamodule.tokenizer, "")
-        other = module.auto_class.from_pretrained(Path(folder) / "model").to(module.device).eval()
+        other = module.opened(Path(folder) / "model").to(module.device).eval()
     few = {name: value[:2] for name, value in batch.items()}
     figure = difference(*(_finite(module.logits(few, network)) for network in (module.network, other)))
     return at_most("exported folder", "logits of AutoModel.from_pretrained", figure, 1e-5)

@@ -259,6 +259,7 @@ def main(
         replay(script, words[1:])
     set_parsing_settings(subclasses_enabled=[Schedule, PreTrainedConfig])
     warnings.filterwarnings("ignore", module="lightning|torch")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # what its callers should change
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with unbreakable_output(), one_line_errors(), no_empty_run_folder():

@@ -7,10 +7,12 @@ Shape suffixes: B examples, T tokens of the longest input, P of the longest prom
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -21,8 +23,10 @@ from transformers import (
 )
 
 from lightning_modules.finetune import FineTune
+from lightning_modules.losses import IGNORED
 from lightning_modules.metrics import LanguageModelLoss
 from lightning_modules.model_folder import max_positions
+from lightning_modules.prompt_tokens import as_peft, first_ids, prompted, put_before
 from lightning_modules.token_loss import TokenLoss, shifted_right
 
 Scores = dict[str, float]
@@ -36,6 +40,8 @@ class Completion(FineTune):
         max_new_tokens: Most tokens of what is written in validation and prediction. Left out: as many as the longest
             answer in the data.
         label_smoothing: Weight of the uniform distribution in the target.
+        prompt_tokens: Trains this many vectors in front of every input instead of the model, which begin as words drawn
+            from the vocabulary, or those of a text. A run then leaves the folder of a prompt of the peft library.
     """
 
     objective = "completions"
@@ -48,7 +54,13 @@ class Completion(FineTune):
     )
 
     def __init__(
-        self, *, num_beams: int = 1, max_new_tokens: int | None = None, label_smoothing: float = 0.0, **settings: object
+        self,
+        *,
+        num_beams: int = 1,
+        max_new_tokens: int | None = None,
+        label_smoothing: float = 0.0,
+        prompt_tokens: int | str | None = None,
+        **settings: object,
     ):
         super().__init__(**settings)
         for name, value in (("num_beams", num_beams), ("max_new_tokens", max_new_tokens)):
@@ -56,6 +68,13 @@ class Completion(FineTune):
                 raise ValueError(f"--model.{name} is {value}; it must be 1 or more")
         self.num_beams, self.max_new_tokens = num_beams, max_new_tokens
         self.label_smoothing = label_smoothing
+        if prompt_tokens is not None:
+            if not prompt_tokens or (isinstance(prompt_tokens, int) and prompt_tokens < 0):
+                raise ValueError(f"--model.prompt_tokens is {prompt_tokens!r}; pass 1 or more, or a text")
+            if self.start is None or self.adapter is not None:
+                other = "new weights" if self.start is None else "--model.adapter"
+                raise ValueError(f"--model.prompt_tokens teaches a pretrained model as it is: not with {other}")
+        self.prompt_tokens = prompt_tokens
         self.validation = LanguageModelLoss()
 
     # The task
@@ -95,8 +114,10 @@ class Completion(FineTune):
         return ["loss", "perplexity", "bits_per_byte", *self.score_names(), "stopped"]
 
     def prepare(self, network: PreTrainedModel) -> None:
+        self.positions, self.shift = max_positions(network), 0
+        if self.prompt_tokens is not None:
+            self._put_prompt_before(network)
         self.token_loss = TokenLoss(network, self.label_smoothing, keep_only_labels=True)
-        self.positions = max_positions(network)
         # generate() fills what a config leaves open from the network's own, so that says no more than which tokens
         # begin and end: penalties and lengths that belong to another task would be scored here and not exported.
         own = network.generation_config
@@ -108,8 +129,18 @@ class Completion(FineTune):
             forced_bos_token_id=own.forced_bos_token_id,
         )
 
+    def _put_prompt_before(self, network: PreTrainedModel) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            prompt_P = first_ids(self.prompt_tokens, self.trainer.datamodule.tokenizer)
+        if self.positions is not None:
+            self.positions -= len(prompt_P)
+            self._require_positions(self.positions)
+        put_before(network, prompt_P)
+        self.shift = 0 if self.encodes_apart else len(prompt_P)
+
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor | bool]:
-        """What the network reads of a batch."""
+        """What the network reads of a batch, but for a prompt."""
         if not self.encodes_apart:
             # Padding stands behind all that counts, where a decoder never looks: no mask, and the fast attention.
             return {"input_ids": batch["input_ids"], "use_cache": False}
@@ -119,11 +150,17 @@ class Completion(FineTune):
         return inputs | {"decoder_input_ids": shifted_BU, "use_cache": False}
 
     def loss(self, batch: dict[str, Tensor], divisor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        return self.token_loss(partial(self.plain_network, **self.inputs(batch)), batch["labels"], divisor)
+        inputs, labels_BU = self.prompted(self.inputs(batch)), F.pad(batch["labels"], (self.shift, 0), value=IGNORED)
+        return self.token_loss(partial(self.plain_network, **inputs), labels_BU, divisor)
 
     def logits(self, batch: dict[str, Tensor], network: PreTrainedModel | None = None) -> Tensor:
         """(B, T, V), of an encoder-decoder (B, U, V); of another network than the module's own, if one is given."""
-        return (network or self.plain_network)(**self.inputs(batch)).logits.float()
+        inputs = self.inputs(batch)
+        found = self.plain_network(**self.prompted(inputs)) if network is None else network(**inputs)
+        return found.logits[:, self.shift :].float()
+
+    def prompted(self, inputs: dict[str, Tensor | bool]) -> dict[str, Tensor | bool]:
+        return inputs if self.prompt_tokens is None else prompted(self.plain_network, inputs)
 
     def counted_tokens(self, batch: dict[str, Tensor]) -> Tensor:
         read = super().counted_tokens(batch)
@@ -152,11 +189,11 @@ class Completion(FineTune):
         tokenizer = self.trainer.datamodule.tokenizer
         if self.encodes_apart:
             prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            before = 1  # the decoder's first token is given
         else:
             ids_BP, mask_BP = left_padded(batch["input_ids"], batch["prompt_lengths"], self.trainer.datamodule.pad_id)
             prompts = {"input_ids": ids_BP, "attention_mask": mask_BP}
-            before = ids_BP.shape[1]
+        prompts = self.prompted(prompts)
+        before = 1 if self.encodes_apart else prompts["input_ids"].shape[1]  # a decoder's first token is given
         settings = self.generation(new)
         tokens = self.plain_network.generate(**prompts, generation_config=settings)[:, before:].tolist()
         ends = set(settings.eos_token_id)
@@ -213,13 +250,26 @@ class Completion(FineTune):
 
     # What came of a run
 
+    @property
+    def beside(self) -> str | None:
+        return super().beside if self.prompt_tokens is None else f"a prompt begun as {self.prompt_tokens!r}"
+
     def exported(self) -> PreTrainedModel:
-        network = super().exported()
+        network = super().exported() if self.prompt_tokens is None else as_peft(self.network, self.auto_class)
         network.generation_config = self.generation(self.max_new_tokens or self.trainer.datamodule.longest_answer)
         return network
 
+    def opened(self, folder: Path) -> nn.Module:
+        if self.prompt_tokens is None:
+            return super().opened(folder)
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(self.auto_class.from_pretrained(self.start), folder)
+
     def next_command(self, model: str, data: LightningDataModule) -> str:
         """For the terminal; `model` is quoted."""
+        if self.prompt_tokens is not None:
+            return super().next_command(model, data)
         if self.encodes_apart:
             return f"python recipes/generate.py --model {model} --num_beams 4 --prompt …"
         asked = "[{'role': 'user', 'content': '…'}]"

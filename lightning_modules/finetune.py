@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shlex
 import shutil
 from abc import abstractmethod
 from collections.abc import Callable
@@ -80,6 +81,8 @@ class FineTune(ScheduledStep):
         self.adapter = adapter
         self.freeze_backbone = freeze_backbone
         self.dropout = dropout
+        self.new_parts: list[str] = []
+        """Modules besides the head that the model to begin with lacks."""
         self.predictions: dict[int, dict[str, object]] = {}
         """Of the validation so far, by the number of the example."""
 
@@ -147,7 +150,7 @@ class FineTune(ScheduledStep):
             if self.freeze_backbone:
                 network.base_model.requires_grad_(False)
             if self.adapter is not None:
-                network = self.adapter.added_to(network, auto_class)
+                network = self.adapter.added_to(network, auto_class, self.new_parts)
         plain = network if self.adapter is None else network.base_model.model
         self.prepare(plain)
         self.make_fast(plain)
@@ -184,6 +187,7 @@ class FineTune(ScheduledStep):
             reason = str(error).splitlines()[0]
             raise ValueError(f"--model.from {self.start} gives no {auto_class.__name__} ({reason})") from None
         # The pooler, which pretraining does not have, belongs to the head.
+        self.new_parts = ["pooler"] if any("pooler" in name for name in info["missing_keys"]) else []
         prefix = f"{network.base_model_prefix}." if self.has_new_head else ""
         missing = [name for name in sorted(info["missing_keys"]) if name.startswith(prefix) and "pooler" not in name]
         if missing:
@@ -229,7 +233,7 @@ class FineTune(ScheduledStep):
         if self.adapter.bits is None:
             return copy.deepcopy(self.network).float().merge_and_unload()
         base = self.auto_class.from_pretrained(self.start, dtype=torch.float32, **self.head_fields())
-        return self.adapter.merged(self.network, base, self.auto_class)
+        return self.adapter.merged(self.network, base, self.auto_class, self.new_parts)
 
     def save_beside(self, folder: Path) -> None:
         """The adapter alone, as peft loads it onto the model it began with."""
@@ -258,9 +262,19 @@ class FineTune(ScheduledStep):
 
     def made_from(self, data: LightningDataModule) -> str:
         origin = f"from {self.start}" if self.start else "from new weights"
-        how = "" if self.adapter is None else f", by {self.adapter.kind} of rank {self.adapter.rank}, merged"
         examples = f"{data.rows_per_epoch:,} examples of {data.source}"
+        how = f", by {self.beside}" if self.beside else ""
         return f"{type(self.plain_network).__name__} fine-tuned {origin} on {examples}{how}."
+
+    @property
+    def beside(self) -> str | None:
+        """What is trained beside the model."""
+        return self.adapter and f"{self.adapter.kind} of rank {self.adapter.rank}"
+
+    def next_command(self, model: str, data: LightningDataModule) -> str:
+        """For the terminal; `model` is quoted."""
+        run = shlex.quote(self.trainer.default_root_dir)
+        return f"python recipes/finetune.py predict --config {run}/config.yaml --ckpt_path last --data.predict_path …"
 
     def results(self, summary: dict[str, object]) -> dict[str, str]:
         found = {name: value for name, value in summary.items() if name.startswith("val_") and value is not None}
@@ -285,11 +299,10 @@ class FineTune(ScheduledStep):
 
     def _task(self) -> dict[str, object]:
         labels = getattr(self.trainer.datamodule, "label_names", [])
-        adapter = self.adapter and f"{self.adapter.kind} of rank {self.adapter.rank}"
         return {"task": type(self).__name__, "network": type(self.plain_network).__name__} | {
             "labels": ", ".join(labels),
             "tokenizer": self.trainer.datamodule.tokenizer_digest[:12],
-            "adapter": adapter or "none",
+            "adapter": self.beside or "none",
         }
 
 

@@ -96,6 +96,11 @@ def find_folder(model: str) -> str:
     for folder in (path / "model", path):
         if (folder / "config.json").is_file():
             return str(folder)
+    if any((folder / "adapter_config.json").is_file() for folder in (path / "model", path)):
+        raise FileNotFoundError(
+            f"{path} holds a prompt or an adapter without its model; load both by PeftModel.from_pretrained of the "
+            "peft library, or ask a prompt of ours by finetune.py predict"
+        )
     if path.exists():
         raise FileNotFoundError(f"no config.json in {path} nor in {path / 'model'}; pass a run's or a model's folder")
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or ("/" in model and path.parent.is_dir()):

@@ -4,12 +4,10 @@ Shape suffixes: B windows, T tokens, N any count.
 """
 
 import math
-import shlex
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.functional.text import squad
@@ -168,11 +166,6 @@ class QuestionAnswering(FineTune):
             values["no_answer_accuracy"] = sum(right) / max(1, len(right))
         self.validation_loss.reset()
         return values
-
-    def next_command(self, model: str, data: LightningDataModule) -> str:
-        """For the terminal."""
-        run = shlex.quote(self.trainer.default_root_dir)
-        return f"python recipes/finetune.py predict --config {run}/config.yaml --ckpt_path last --data.predict_path …"
 
 
 def best_spans(

@@ -8,7 +8,7 @@ import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
@@ -71,6 +71,10 @@ class ScheduledStep(ExactStep):
     def exported(self) -> PreTrainedModel:
         """What a model folder gets."""
         return self.network
+
+    def opened(self, folder: Path) -> nn.Module:
+        """What `exported` left in a folder."""
+        return self.auto_class.from_pretrained(folder)
 
     # Validation
 

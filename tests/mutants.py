@@ -427,6 +427,22 @@ MUTANTS = (
     ),
     Mutant(
         "T4",
+        "new parts that an adapter brings along",
+        "lightning_modules/finetune.py",
+        'self.new_parts = ["pooler"] if any("pooler" in name for name in info["missing_keys"]) else []',
+        "pass",
+        "tests/test_finetune.py -k ordinary",
+    ),
+    Mutant(
+        "T4",
+        "the shift of labels behind a prompt",
+        "lightning_modules/completion.py",
+        'F.pad(batch["labels"], (self.shift, 0), value=IGNORED)',
+        'F.pad(batch["labels"], (0, self.shift), value=IGNORED)',
+        "tests/test_writing.py -k pefts",
+    ),
+    Mutant(
+        "T4",
         "the scale of what is kept in dropout",
         "lightning_modules/cpu_kernels.py",
         "return (kept(probabilities_XTT, keep_XTT) @ value_XTK).mul_(ctx.rescale)",

@@ -241,6 +241,81 @@ def test_an_adapter_begins_as_the_model_itself(kind, decoder, questions, pairs):
         torch.testing.assert_close(adapted.logits(batch, adapted.exported()), moved, rtol=0, atol=1e-5)
 
 
+# A prompt
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+def test_a_prompt_is_read_as_pefts_and_leaves_the_model_as_it_is(kind, decoder, questions, pairs, translator, tmp_path):
+    settings = {"prompt_tokens": 5, "max_new_tokens": 6}
+    is_decoder = kind == "decoder"
+    if is_decoder:
+        module, batch = instructed(decoder, questions, **settings)
+    else:
+        module, batch = translated(pairs, from_=str(translator / "model"), **settings)
+    learning = {name: p for name, p in module.network.named_parameters() if p.requires_grad}
+    assert [name.endswith("prompt.weight") for name in learning] == [True]
+    with torch.no_grad():
+        next(iter(learning.values())).normal_()
+    module.exported().save_pretrained(tmp_path)
+    peft = module.opened(tmp_path).eval()
+    with torch.no_grad():
+        ours, theirs = module.logits(batch), module.logits(batch, peft)
+        assert ours.shape == batch["labels"].shape + (module.trainer.datamodule.vocab_size,)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        expected = F.cross_entropy(theirs.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+        objective, nats, count = module.loss(batch)
+    assert float(nats) == pytest.approx(float(expected), rel=1e-5) and int(count) == int((batch["labels"] >= 0).sum())
+    module.loss(batch)[0].backward()
+    assert next(iter(learning.values())).grad.abs().sum() > 0
+    written = module.write(batch)
+    for i in range(8):
+        length = int(batch["prompt_lengths"][i] if is_decoder else batch["attention_mask"][i].sum())
+        tokens = peft.generate(input_ids=batch["input_ids"][i : i + 1, :length], max_new_tokens=6, do_sample=False)
+        new = tokens[0, length if is_decoder else 1 :]
+        text = module.trainer.datamodule.tokenizer.decode(new, skip_special_tokens=True).strip()
+        assert text == written[i][0]
+
+
+def test_a_prompt_begins_as_a_text(decoder, questions):
+    module, _ = instructed(decoder, questions, prompt_tokens="the film was fine")
+    embedding = module.network.get_input_embeddings()
+    ids = module.trainer.datamodule.tokenizer("the film was fine")["input_ids"]
+    assert torch.equal(embedding.prompt.weight, embedding.own.weight[ids])
+
+
+def test_a_run_with_a_prompt_learns_goes_on_and_predicts(decoder, questions, tmp_path, capsys):
+    flags = {"data.path": questions / "train.json", "data.val_path": questions / "val.json", "model.from": decoder}
+    flags |= {"model.prompt_tokens": 8, "trainer.val_check_interval": 1.0, "model.optimizer.lr": 0.1}
+    short = fit("text_generation", tmp_path / "run", **flags, **{"trainer.max_epochs": 1})
+    more = fit("text_generation", tmp_path / "run", **flags, **{"trainer.max_epochs": 6, "ckpt_path": "last"})
+    assert more["val_loss"] < 0.95 * short["val_loss"] and more["steps"] > short["steps"]
+    assert not (tmp_path / "run" / "model" / "config.json").exists()  # peft's folder, without the model
+    row = {"instruction": "Which is last?", "input": "red green"}
+    (tmp_path / "new.json").write_text(json.dumps([row]))
+    run(
+        "predict",
+        "--config",
+        str(tmp_path / "run" / "config.yaml"),
+        "--ckpt_path=last",
+        f"--data.predict_path={tmp_path / 'new.json'}",
+    )
+    assert len(predictions(tmp_path / "run", "predictions_new")) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"model.prompt_tokens": 0}, "--model.prompt_tokens is 0"),
+        ({"model.prompt_tokens": 4, "model.adapter.rank": 4}, "not with --model.adapter"),
+        ({"model.prompt_tokens": 2000}, "positions; pass --data.max_length"),
+    ],
+)
+def test_a_prompt_that_cannot_be_is_refused(flags, told, decoder, questions, tmp_path, capsys):
+    common = {"data.path": questions / "train.json", "model.from": decoder}
+    config = ["--config", "recipes/finetune_text_generation.yaml"]
+    assert told in refused(capsys, *config, *flags_of(tmp_path, **common, **flags))
+
+
 # Scores
 
 
