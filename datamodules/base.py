@@ -39,6 +39,10 @@ class Batch(TypedDict):
     contexts: NotRequired[Tensor]
     """(B, 2) int64, only of questions to a text: where the text begins in `input_ids`, and where it has ended. Their
     labels are (B, 2) int64: the first and the last token of the answer, twice 0 where there is none."""
+    teacher_ids: NotRequired[Tensor]
+    """(B, T, K) int64, only where a teacher's cache is read: words of the distribution at each label, as `Sparse` of
+    distillation_loss.py has them; with it teacher_shares (B, T, K), and teacher_tail or teacher_entropy (B, T),
+    float32."""
     token_type_ids: NotRequired[Tensor]
     """(B, T) int64, only of encoders that tell the second text of a pair by it."""
 

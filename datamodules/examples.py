@@ -217,12 +217,6 @@ class Examples(Ordered, ABC):
         if self.store is None:
             raise ValueError(f"{self.source} changed since its examples were encoded; start again")
 
-    @property
-    def start(self) -> str | None:
-        """The model's folder or Hub name; None where it is new, or there is no run."""
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        return module.start if module is not None else None
-
     def _tokenizer(
         self, content: list, examples: Callable[[], tuple[list[Numbered], list[Numbered]]]
     ) -> PreTrainedTokenizerBase:

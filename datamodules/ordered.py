@@ -40,6 +40,13 @@ class Ordered(LightningDataModule):
         return (sampler["rank"], sampler["num_replicas"]) if sampler else (0, 1)
 
     @property
+    def start(self) -> str | None:
+        """The folder or Hub name of the model whose tokenizer reads the data; None where it is new, or there is no
+        run."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        return module.start if module is not None else None
+
+    @property
     def rows_per_micro_step(self) -> int:
         return self.batch_size * self.rank_and_ranks[1]
 

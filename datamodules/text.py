@@ -3,12 +3,14 @@
 import hashlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from datamodules.base import Batch
 from datamodules.cache_folders import cache_root
 from datamodules.corpus import Split, open_corpus
 from datamodules.corruption import noise_counts, raw_length
@@ -18,6 +20,17 @@ from datamodules.ordered import Ordered
 from datamodules.row_order import HeldOutOrder, Shuffled
 from datamodules.rows import CausalRows, DenoisingRows, Loader, MaskedRows, Rows, row_loader
 from datamodules.sources import ContentHashes
+from datamodules.teacher_cache import (
+    CHOSEN,
+    About,
+    CachedRows,
+    Kept,
+    TeacherCache,
+    require_equal,
+    weights_digest,
+    write_header,
+    write_shards,
+)
 from datamodules.token_store import FORMAT_VERSION, TokenStore, TokenStream, open_store
 from datamodules.tokenization import document_start, fingerprint, require_special_tokens, sentinel_ids
 
@@ -32,7 +45,8 @@ class Text(Ordered):
         val_path: Held-out text, like `path`. Left out: a part of `path`.
         val_fraction: Share of the files to hold out, by a hash of their content; of a single file its last part.
         text_column: The column that holds the text, where a document is a row.
-        tokenizer: bpe (trained on the text), bytes, chars, a folder, "vocab.json,merges.txt", or a Hub name.
+        tokenizer: bpe (trained on the text), bytes, chars, a folder, "vocab.json,merges.txt", or a Hub name. Left out:
+            that of the teacher, in distillation; else bpe.
         vocab_size: Ids of the bpe tokenizer, special tokens included.
         seq_len: Tokens in a row.
         batch_size: Rows in a micro-batch of one rank.
@@ -43,6 +57,7 @@ class Text(Ordered):
         mask_fraction: Share of the tokens that are masked or replaced by sentinels.
         mean_span: Mean tokens in a span of denoising.
         max_val_rows: Validate on this many rows, spread evenly over the held-out text. Left out: on all.
+        teacher_cache: A folder that python recipes/distill.py cache has written: what the teacher makes of each row.
         on_bad_row: What to do with a row that cannot be read: stop with an error, or skip and count it.
         cache_dir: Where tokens are kept. Left out: $XDG_CACHE_HOME or ~/.cache, and there lightning-lm-recipes.
         seed: Decides the order of the rows and the noise, together with the number of rows consumed.
@@ -55,7 +70,7 @@ class Text(Ordered):
         val_path: str | list[str] | None = None,
         val_fraction: float = 0.05,
         text_column: str = "text",
-        tokenizer: str = "bpe",
+        tokenizer: str | None = None,
         vocab_size: int = 4096,
         seq_len: int = 256,
         batch_size: int = 8,
@@ -66,6 +81,7 @@ class Text(Ordered):
         mask_fraction: float = 0.15,
         mean_span: float = 3.0,
         max_val_rows: int | None = None,
+        teacher_cache: str | None = None,
         on_bad_row: Literal["error", "skip"] = "error",
         cache_dir: str | None = None,
         seed: int = 0,
@@ -97,6 +113,7 @@ class Text(Ordered):
         self.mask_fraction = mask_fraction
         self.mean_span = mean_span
         self.max_val_rows = max_val_rows
+        self.teacher_cache = None if teacher_cache is None else TeacherCache(teacher_cache)
         self.on_bad_row = on_bad_row
         self.cache_dir = cache_root(cache_dir)
         self.seed = seed
@@ -121,15 +138,46 @@ class Text(Ordered):
         self.val_rows = self._rows(self.store.val)
         self.rows_per_epoch = len(self.train_rows)
         self.tokens_per_row: float = self.seq_len
+        if self.teacher_cache is not None:
+            here = self.about_cache(**{name: getattr(self.teacher_cache.about, name) for name in CHOSEN})
+            require_equal(self.teacher_cache.folder, self.teacher_cache.about, here)
+            self.train_rows = CachedRows(self.train_rows, self.teacher_cache)
+
+    def about_cache(self, **chosen: object) -> About:
+        """The header of a teacher's cache of this text; `chosen` is what does not follow from the text and teacher."""
+        if self.start is None:
+            raise ValueError("a teacher's cache is for distillation: leave --data.teacher_cache out")
+        labels = self.train_rows.__getitems__(np.zeros((2, 1), np.int64))["labels"].shape[1]
+        hashes = ContentHashes(self.cache_dir / "file_hashes.json")
+        teacher = weights_digest(self.start, hashes)
+        hashes.save()
+        return About(
+            words=self.vocab_size,
+            labels_of_a_row=labels,
+            teacher=teacher,
+            tokenizer=fingerprint(self.tokenizer),
+            **chosen,
+        )
+
+    def write_cache(self, folder: Path, about: About, kept: Kept, rank: int = 0, ranks: int = 1) -> Iterator[int]:
+        """Writes what is kept of the rows of training, in their order; yields the number of rows after each shard."""
+        write_header(folder, about)
+        order = Shuffled(self.rows_per_epoch, self.seed)
+
+        def batches(first: int, last: int) -> Iterator[Batch]:
+            for start in range(first, last, self.batch_size):
+                places_B = np.arange(start, min(last, start + self.batch_size))
+                yield self.train_rows.__getitems__(np.stack([places_B, order(places_B)]))
+
+        return write_shards(folder, about, batches, kept, rank, ranks)
 
     def _open(self, build: bool) -> None:
         """Finds the corpus, its tokenizer and its tokens; makes what is missing where `build` allows."""
         hashes = ContentHashes(self.cache_dir / "file_hashes.json")
         skip_bad_rows = self.on_bad_row == "skip"
         self.corpus = open_corpus(self.path, self.val_path, self.val_fraction, self.text_column, skip_bad_rows, hashes)
-        self.tokenizer = corpus_tokenizer(
-            self.tokenizer_name, self.corpus, self.objective, self.bpe_vocab_size, self.cache_dir
-        )
+        name = self.tokenizer_name or self.start or "bpe"
+        self.tokenizer = corpus_tokenizer(name, self.corpus, self.objective, self.bpe_vocab_size, self.cache_dir)
         require_special_tokens(self.tokenizer, self.objective, self._spans)
         content = f"{FORMAT_VERSION} {self.corpus.digest} {fingerprint(self.tokenizer)}"
         folder = self.cache_dir / "tokens" / hashlib.sha256(content.encode()).hexdigest()
@@ -260,7 +308,7 @@ class Text(Ordered):
             "text": self._text_name,
             "files": len(self.corpus.train) + len(self.corpus.val),
             "held_out": held_out or f"the last {self.val_fraction:.1%} of {self.corpus.train[0].name}",
-            "tokenizer": self.tokenizer_name,
+            "tokenizer": self.tokenizer_name or self.start or "bpe",
             "vocab_size": self.vocab_size,
             "train_documents": train.documents,
             "train_bytes": train.bytes,

@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from torch import Tensor
 from lightning_modules.callbacks.plan import marked
 from lightning_modules.callbacks.report import save_model
 from lightning_modules.completion import Completion
+from lightning_modules.distillation import Distilled
+from lightning_modules.distillation_loss import Matching, Sparse, kept_words, linear_distillation
 from lightning_modules.finetune import FineTune
-from lightning_modules.losses import IGNORED
+from lightning_modules.losses import IGNORED, Head
 
 WINDOW = 32
 """Tokens of held-out text that count as seen in training where they stand there in a row."""
@@ -61,6 +64,8 @@ class Checks(Callback):
         else:
             checks += [labels(trainer, batch), overlap(trainer)]
             lines = loss_positions(trainer, batch)
+        if isinstance(module, Distilled):
+            checks += [own_teacher(module, batch), drawn_words(module, batch)]
         if module.objective == "causal":
             checks += [packed(trainer, module), generation(trainer, module, batch)]
         module.network.train()
@@ -232,6 +237,39 @@ def held_out_apart(trainer: Trainer) -> Check:
     trained = {data.key(record) for record in data.store.records("train")}
     twice = sum(data.key(record) in trained for record in data.store.records("val"))
     return Check("train and held-out examples", f"{twice} held-out examples are trained on", twice == 0)
+
+
+@torch.no_grad()
+def own_teacher(module: Distilled, batch: dict[str, Tensor]) -> Check:
+    """The divergence of the teacher from itself, by the loss of the run."""
+    module.load_teachers()
+    head, labels_N = module.teachers[0].head(partial(module.read, batch)), batch["labels"].flatten()
+    _, _, value = linear_distillation(head, [head], labels_N, module.matching(), words=module.vocabulary)
+    figure = abs(float(value)) / max(1, int((labels_N != IGNORED).sum()))
+    return at_most("a student like its teacher", "divergence in nats per token", figure, 1e-5)
+
+
+@torch.no_grad()
+def drawn_words(module: Distilled, batch: dict[str, Tensor], draws: int = 64) -> Check:
+    """KL by a few words that are drawn anew again and again, on average, against that by all words."""
+    row = {name: value[:1] for name, value in batch.items() if not name.startswith("teacher_")}
+    keep_N = row["labels"].flatten() != IGNORED
+    labels_N = row["labels"].flatten()[keep_N]
+    teacher, student = (
+        Head(module.read(row, network).logits.flatten(0, 1)[keep_N][:, : module.vocabulary].float())
+        for network in (module.teachers[0].network, module.network)
+    )
+    log_p = teacher.hidden_NC.log_softmax(-1)
+    _, _, whole = linear_distillation(student, [teacher], labels_N, Matching())
+    found = []
+    for seed in range(draws):
+        kept = kept_words(log_p, 4, 4, seed)
+        shares = torch.cat([kept["shares"], (kept["tail"] / 4)[:, None].expand(-1, 4)], 1)
+        target = Sparse(kept["ids"], shares, None, kept["entropy"])
+        found.append(linear_distillation(student, target, labels_N, Matching())[2])
+    values = torch.stack(found)
+    off = float((values.mean() - whole).abs() / (values.std() / draws**0.5 + 1e-6 * whole.abs()))
+    return at_most("a few words of the teacher", f"mean of {draws} draws, in standard errors from all words", off, 4)
 
 
 def packed(trainer: Trainer, module: LightningModule) -> Check:

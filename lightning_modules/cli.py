@@ -7,6 +7,7 @@ and keep a run.
 import gc
 import importlib
 import inspect
+import json
 import logging
 import re
 import sys
@@ -24,6 +25,7 @@ from lightning.pytorch.loggers import WandbLogger
 from transformers import PreTrainedConfig
 
 from lightning_modules import hardware, tracking
+from lightning_modules.callbacks.comparison import Comparison
 from lightning_modules.callbacks.guard import Guard
 from lightning_modules.callbacks.horizon import Horizon
 from lightning_modules.callbacks.plan import Plan
@@ -36,12 +38,14 @@ from lightning_modules.callbacks.speed import Speed
 from lightning_modules.callbacks.watchdog import Watchdog
 from lightning_modules.checkpoint_io import CheckpointFiles
 from lightning_modules.command_line import OneLineParser, one_line_errors, unbreakable_output
+from lightning_modules.distillation import Distilled
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.precision import BF16Weights
 from lightning_modules.redaction import redacted
 from lightning_modules.restarts import join_after_restart
 from lightning_modules.run_folder import find_checkpoint, no_empty_run_folder, require_new, run_folder
 from lightning_modules.schedules import Schedule
+from lightning_modules.student import PartOfTeacher
 
 IMPORTABLE = (
     "lightning_modules",
@@ -58,21 +62,44 @@ NEVER = ("lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callba
 
 
 class Parser(OneLineParser, LightningArgumentParser):
-    """Knows `from`, which no argument in Python can be called, as `from_`."""
+    """Knows `from`, which no argument in Python can be called, as `from_`, and a student that names layers as the class
+    that it is."""
 
     def _load_config_parser_mode(self, content: str, *args, **settings) -> Namespace:
-        if "from:" in content or '"from"' in content:
+        if re.search(r"""\b(from|teacher_layers)["']?:""", content):
             config = yaml.safe_load(content)
             if isinstance(config, dict):
-                _rename_from(config.get("model"))
+                _named(config.get("model"))
                 content = yaml.safe_dump(config, sort_keys=False)
         return super()._load_config_parser_mode(content, *args, **settings)
 
 
-def _rename_from(model: object) -> None:
+def _named(model: object) -> None:
+    """Renames, in place, what stands in a YAML by a shorter name."""
     for place in (model, model.get("init_args")) if isinstance(model, dict) else ():
         if isinstance(place, dict) and "from" in place:
             place["from_"] = place.pop("from")
+        if isinstance(place, dict) and isinstance(place.get("student"), dict) and "teacher_layers" in place["student"]:
+            place["student"] = _part_of_teacher(place["student"])
+
+
+def _part_of_teacher(settings: dict) -> dict:
+    return {"class_path": f"{PartOfTeacher.__module__}.{PartOfTeacher.__name__}", "init_args": settings}
+
+
+def _named_words(words: list[str]) -> list[str]:
+    """The same of a command line."""
+    words = [re.sub(r"^--model\.from(?==|$)", "--model.from_", word) for word in words]
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if not re.fullmatch(r"--model\.student(\.teacher_layers)?", flag) or (not equals and i + 1 == len(words)):
+            continue
+        place = i if equals else i + 1
+        value = yaml.safe_load(value if equals else words[place])
+        settings = {"teacher_layers": value} if flag.endswith("layers") else value
+        if isinstance(settings, dict) and "teacher_layers" in settings:
+            words[i : place + 1] = [f"--model.student={json.dumps(_part_of_teacher(settings))}"]
+    return words
 
 
 class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -109,10 +136,13 @@ class RecipeCLI(LightningCLI):
         self.default_config = default_config
         self.default_model = default_model
         self.args, allowed = take_flag("--allow_import", list(sys.argv[1:] if args is None else args))
-        self.args = [re.sub(r"^--model\.from(?==|$)", "--model.from_", word) for word in self.args]
+        self.args = _named_words(self.args)
         # What a YAML or a flag may name, checked before it is imported: importing is running.
         set_parsing_settings(import_path_denylist=["*", *NEVER], import_path_allowlist=[*IMPORTABLE, *allowed])
         super().__init__(args=args, **settings)
+
+    def subcommands(self) -> dict[str, set[str]]:
+        return LightningCLI.subcommands() | getattr(self.trainer_class, "verbs", {})
 
     def init_parser(self, **settings) -> LightningArgumentParser:
         parser = Parser(**settings)
@@ -131,6 +161,8 @@ class RecipeCLI(LightningCLI):
         if issubclass(self.default_model, LanguageModule):
             parser.link_arguments("model", "data.objective", compute_fn=_objective)
             parser.add_lightning_class_args(Samples, "samples")
+        if issubclass(self.default_model, Distilled):
+            parser.add_lightning_class_args(Comparison, "comparison")
         parser.add_lightning_class_args(Recovery, "recovery")
         parser.add_lightning_class_args(Guard, "guard")
         parser.add_lightning_class_args(Watchdog, "watchdog")
@@ -145,6 +177,9 @@ class RecipeCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would lay the checkpoint's settings over the command line here, in silence; the flags decide."""
         config = self.config[self.config.subcommand]
+        if "ckpt_path" not in config:
+            self.ckpt_path = None
+            return
         folder = config.trainer.default_root_dir
         if self.config.subcommand == "fit" and config.ckpt_path is None and folder is not None:
             require_new(Path(folder))
@@ -177,7 +212,8 @@ class RecipeCLI(LightningCLI):
                 f"{type(self.datamodule).__name__} has {self.datamodule.objective}"
             )
         # Not in `config`: the saved one says "last" again.
-        self.config_init[self.subcommand].ckpt_path = self.ckpt_path
+        if "ckpt_path" in self.config_init[self.subcommand]:
+            self.config_init[self.subcommand].ckpt_path = self.ckpt_path
 
     def instantiate_trainer(self, **settings) -> Trainer:
         trainer = self.config[self.subcommand].trainer
@@ -201,14 +237,16 @@ class RecipeCLI(LightningCLI):
             own = [HeldOutPredictions()]
         settings["callbacks"] = [*(self._get(self.config_init, "trainer")["callbacks"] or []), *own]
         trainer = super().instantiate_trainer(**settings)
-        trainer.callbacks.sort(key=lambda callback: isinstance(callback, Recovery))  # it may leave: all others first
+        # Comparison adds to what Report has written; Recovery may leave: all others first.
+        last = (Comparison, Recovery)
+        trainer.callbacks.sort(key=lambda callback: last.index(type(callback)) if type(callback) in last else -1)
         return trainer
 
     def after_fit(self) -> None:
         tracking.finish(self.trainer.loggers)
 
     def after_instantiate_classes(self) -> None:
-        if self.subcommand != "fit" and not self.config[self.subcommand].ckpt_path:
+        if self.subcommand != "fit" and not self.config[self.subcommand].get("ckpt_path", "none needed"):
             print("no --ckpt_path given: these are the numbers of freshly initialised weights", file=sys.stderr)
 
 
@@ -240,24 +278,27 @@ def main(
     description: str,
     default_config: Path | None = None,
     args: list[str] | None = None,
+    trainer: type[Trainer] = Trainer,
 ) -> None:
     """Runs the recipe of a script: any subclass of `model`, `default_model` unless named, on `data`, of which a
     subclass is named where it is abstract.
 
     `default_config` is the run that happens when the command line names no --config: the YAML beside the script, if
-    no other is given. `description` opens the --help.
+    no other is given. `description` opens the --help. `trainer` may have more `verbs` than Lightning's.
     """
     gc.set_threshold(700, 10, 10)
     words = list(sys.argv[1:] if args is None else args)
     if words[:1] == ["verify"] and "--help" not in words:
         from lightning_modules.verify import verify
 
-        verify(script, words[1:], writes_samples=issubclass(default_model, LanguageModule))
+        quiet = ["--samples.max_new_tokens=0"] if issubclass(default_model, LanguageModule) else []
+        quiet += ["--comparison.control=false"] if issubclass(default_model, Distilled) else []
+        verify(script, words[1:], quiet)
     if words[:1] == ["replay"] and issubclass(default_model, LanguageModule):
         from lightning_modules.replay import replay
 
         replay(script, words[1:])
-    set_parsing_settings(subclasses_enabled=[Schedule, PreTrainedConfig])
+    set_parsing_settings(subclasses_enabled=[Schedule, PreTrainedConfig, PartOfTeacher])
     warnings.filterwarnings("ignore", module="lightning|torch")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # what its callers should change
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
@@ -272,6 +313,7 @@ def main(
             datamodule_class=data,
             subclass_mode_data=inspect.isabstract(data),
             args=args,
+            trainer_class=trainer,
             parser_kwargs={"description": description, "formatter_class": Formatter},
             seed_everything_default=0,
             auto_configure_optimizers=False,

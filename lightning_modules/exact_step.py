@@ -6,6 +6,7 @@ What is not finite is never applied, and a micro-batch that does not fit into me
 import re
 import sys
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -19,6 +20,8 @@ class ExactStep(LightningModule):
 
     network: nn.Module | None
     l1: float
+    more_sums: ClassVar[tuple[str, ...]] = ()
+    """What `training_loss` sums besides: logged as train/<name>, a mean over the step's labels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +35,7 @@ class ExactStep(LightningModule):
         self.parts = 1
         """Of each micro-batch, so that it fits into memory."""
         self._sums: Tensor | None = None
-        """(nats, labels, tokens) of the micro-batches of the step so far; None before the first."""
+        """(nats, labels, tokens, more_sums …) of the micro-batches of the step so far; None before the first."""
         self._step_so_far: dict[str, Tensor] | None = None
         self._parameters_in_order: list[nn.Parameter] | None = None
         self._cutting = False
@@ -42,6 +45,10 @@ class ExactStep(LightningModule):
     @abstractmethod
     def loss(self, batch: dict[str, Tensor], divisor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """(objective / divisor, sum of nats, number of labels) of a batch; only the first has a gradient."""
+
+    def training_loss(self, batch: dict[str, Tensor], divisor: float) -> tuple[Tensor, ...]:
+        """As `loss`, and behind it `more_sums`: where what is minimised is not what validation measures."""
+        return self.loss(batch, divisor=divisor)
 
     def counted_tokens(self, batch: dict[str, Tensor]) -> Tensor:
         """How many tokens a batch has that count as trained on."""
@@ -115,8 +122,8 @@ class ExactStep(LightningModule):
         return torch.zeros((), device=self.device, requires_grad=True)  # all gradients are there already
 
     def _objective(self, batch: dict[str, Tensor]) -> Tensor:
-        objective, nats, count = self.loss(batch, divisor=self._nominal)
-        sums = torch.stack([nats.double(), count.double(), self.counted_tokens(batch).double()])
+        objective, nats, count, *more = self.training_loss(batch, self._nominal)
+        sums = torch.stack([part.double() for part in (nats, count, self.counted_tokens(batch), *more)])
         self._sums = sums if self._sums is None else self._sums + sums
         if self.l1:
             # Counted once a token, so that it, too, does not depend on how the step is split.
@@ -208,12 +215,14 @@ class ExactStep(LightningModule):
         pieces = [piece for gradient in gradients for piece in in_pieces(gradient)]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces, 2, torch.float32)))
         mine = torch.cat([self._sums, self._sums.new_tensor(self.wishes), (~torch.isfinite(norm)).double()[None]])
-        nats, count, tokens, *wishes, not_finite = self.trainer.strategy.reduce(mine, reduce_op="sum")
+        nats, count, tokens, *others, not_finite = self.trainer.strategy.reduce(mine, reduce_op="sum")
+        more, wishes = others[: len(self.more_sums)], others[len(self.more_sums) :]
         self._sums = None
         self.wishes_of_all = [float(wish) for wish in wishes] if self.trainer.world_size > 1 else self.wishes
         self.tokens = self.tokens + tokens.long()
         count = torch.where(count > 0, count, 1)  # class weights may sum to less than one
         self.step_loss = nats / count
+        self.step_more = {name: value / count for name, value in zip(self.more_sums, more, strict=True)}
         # Lightning has divided by accumulate_grad_batches, DDP by the ranks, training_step by its constant.
         divided_by = self.trainer.accumulate_grad_batches * self.trainer.world_size * self._nominal
         self._scale = divided_by / count

@@ -1,7 +1,6 @@
 """What every task of fine-tuning shares: a pretrained network with the head of the task, whole or by an adapter."""
 
 import copy
-import json
 import os
 import shlex
 import shutil
@@ -25,7 +24,7 @@ from transformers.utils import logging
 from lightning_modules.adapter import Adapter
 from lightning_modules.architectures import fit_config
 from lightning_modules.checkpoint_io import replace_folder
-from lightning_modules.model_folder import find_folder, is_language_model, max_positions
+from lightning_modules.model_folder import find_folder, max_positions, newest_pretraining
 from lightning_modules.optim import adamw
 from lightning_modules.scheduled_step import ScheduledStep
 from lightning_modules.schedules import Linear, Schedule
@@ -312,18 +311,4 @@ def starting_folder(asked: str | None, auto_class_of: Callable[[PreTrainedConfig
         return None
     if asked is not None:
         return find_folder(asked)
-    runs = sorted(Path("runs").glob("*/model/config.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for folder in (file.parent for file in runs):
-        # Of pretraining alone: or the second of two equal runs would begin with the end of the first.
-        if is_pretrained(folder) and auto_class_of(AutoConfig.from_pretrained(folder)) is not None:
-            return str(folder)
-    return None
-
-
-def is_pretrained(folder: Path) -> bool:
-    """Whether a model's folder holds a language model that no run of fine-tuning left."""
-    try:
-        objective = json.loads((folder.parent / "summary.json").read_text())["objective"]
-    except (OSError, ValueError, KeyError):
-        objective = "unknown"
-    return is_language_model(folder) and objective not in ("labels", "spans", "completions")
+    return newest_pretraining(lambda config: auto_class_of(config) is not None)

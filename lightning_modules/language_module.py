@@ -66,14 +66,17 @@ class LanguageModule(ScheduledStep):
     def configure_model(self) -> None:
         if self.network is not None:
             return
-        data = self.trainer.datamodule
-        fit_config(self.architecture, data.tokenizer, data.vocab_size, data.seq_len)
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        network = build(self.architecture, self.auto_class, self.seed).train()
-        self.token_bytes = data.token_bytes
+        network = self.new_network().train()
+        self.token_bytes = self.trainer.datamodule.token_bytes
         self.token_loss = TokenLoss(network, self.label_smoothing, self.z_loss, self.keep_only_labels)
         self.make_fast(network)
         self.network = network
+
+    def new_network(self) -> PreTrainedModel:
+        data = self.trainer.datamodule
+        fit_config(self.architecture, data.tokenizer, data.vocab_size, data.seq_len)
+        return build(self.architecture, self.auto_class, self.seed)
 
     # The loss
 

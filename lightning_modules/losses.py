@@ -28,6 +28,18 @@ class HeadLoss(NamedTuple):
 PLAIN = HeadLoss()
 
 
+class Head(NamedTuple):
+    """Hidden states and what makes logits of them; without a weight they are the logits."""
+
+    hidden_NC: Tensor
+    weight_VC: Tensor | None = None
+    bias_V: Tensor | None = None
+    loss: HeadLoss = PLAIN
+
+    def rows(self, keep_N: Tensor) -> "Head":
+        return self._replace(hidden_NC=self.hidden_NC[keep_N])
+
+
 def linear_cross_entropy(
     hidden_NC: Tensor,
     weight_VC: Tensor,
@@ -103,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for tile in tiles:
                 product_nv = product(chunk, tile)
                 for rows in blocks:
-                    sums.add(rows, tile.start, _scores(product_nv[rows], bias(tile), head))
+                    sums.add(rows, tile.start, head_scores(product_nv[rows], bias(tile), head))
             chunk_nats, chunk_objective = sums.nats_and_objective()
             nats += chunk_nats
             objective += chunk_objective
@@ -113,7 +125,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if len(tiles) > 1:
                     product_nv = product(chunk, tile)
                 for rows in blocks:
-                    scores_rv = _scores(product_nv[rows], bias(tile), head)
+                    scores_rv = head_scores(product_nv[rows], bias(tile), head)
                     d_product_rv = sums.gradient(rows, tile.start, scores_rv, divisor)
                     if wants_bias:
                         d_bias_V[tile] += d_product_rv.sum(0)
@@ -141,7 +153,7 @@ def _blocks(n: int, v: int, device: str) -> list[slice]:
     return [slice(start, start + r) for start in range(0, n, r)]
 
 
-def _scores(product_rv: Tensor, bias_v: Tensor | None, head: HeadLoss) -> Tensor:
+def head_scores(product_rv: Tensor, bias_v: Tensor | None, head: HeadLoss) -> Tensor:
     """Float32 scores, linear in the logits: the logits themselves or, under a soft cap, the sigmoids they come from."""
     scores_rv = product_rv.to(torch.float32, copy=True)
     if bias_v is not None:

@@ -1,5 +1,6 @@
 """Loading a language model that somebody left: a run's folder, a transformers folder or a Hub name."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +127,26 @@ def is_language_model(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def newest_pretraining(fits: Callable[[PreTrainedConfig], bool], distilled: bool = True) -> str | None:
+    """The newest model in runs/ whose config fits, and that was pretrained or, where that counts, distilled."""
+    runs = sorted(Path("runs").glob("*/model/config.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for folder in (file.parent for file in runs):
+        # Of no fine-tuning: or the second of two equal runs would begin with the end of the first.
+        if is_pretrained(folder, distilled) and fits(AutoConfig.from_pretrained(folder)):
+            return str(folder)
+    return None
+
+
+def is_pretrained(folder: Path, distilled: bool) -> bool:
+    """Whether a model's folder holds a language model that no run of fine-tuning left."""
+    try:
+        summary = json.loads((folder.parent / "summary.json").read_text())
+    except (OSError, ValueError):
+        summary = {}
+    tuned = summary.get("objective") in ("labels", "spans", "completions")
+    return is_language_model(folder) and not tuned and (distilled or "teachers" not in summary)
 
 
 def load_tokenizer(

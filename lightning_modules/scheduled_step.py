@@ -52,6 +52,8 @@ class ScheduledStep(ExactStep):
         self.max_tokens = max_tokens
         self.l1 = l1
         self.compile_network = compile
+        self.start: str | None = None
+        """The folder or Hub name of the model whose tokenizer reads the data; None where it is new."""
         self.network: PreTrainedModel | None = None
         self.lr: float | None = None
         self.kernels: list[str] = []
@@ -95,6 +97,14 @@ class ScheduledStep(ExactStep):
         for name, value in self.found().items():
             # A bare number would become one of torch's default dtype.
             self.log(f"{stage}/{name}", torch.as_tensor(value, dtype=torch.float64), rank_zero_only=False)
+
+    def plan(self) -> dict[str, str]:
+        """Rows of the plan that are about the model."""
+        return {"from": self.start or ""}
+
+    def about(self) -> dict[str, object]:
+        """What summary.json holds besides."""
+        return {}
 
     def save_beside(self, folder: Path) -> None:
         """What a run's folder gets besides the model."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from lightning_modules.architectures import HeadInput, find_head_loss
-from lightning_modules.losses import IGNORED, HeadLoss, cross_entropy, linear_cross_entropy
+from lightning_modules.losses import IGNORED, Head, HeadLoss, cross_entropy, linear_cross_entropy
 
 
 def shifted_right(labels_BU: Tensor, start: int, filling: int) -> Tensor:
@@ -34,7 +34,7 @@ class TokenLoss:
         self.tap = HeadInput(network)
         rule = find_head_loss(network, self.tap)
         self.is_fused = rule is not None
-        self.head = (rule or HeadLoss())._replace(label_smoothing=label_smoothing, z_loss=z_loss)
+        self.loss = (rule or HeadLoss())._replace(label_smoothing=label_smoothing, z_loss=z_loss)
         self.keep_only_labels = keep_only_labels
 
     def __call__(
@@ -43,15 +43,20 @@ class TokenLoss:
         """(objective / divisor, sum of nats, number of labels) of what the network makes in `forward()`."""
         labels_N = labels_BT.flatten()
         keep_N = labels_N != IGNORED
+        hidden_NC, weight, bias, loss = self.head(forward)
+        count = keep_N.sum()
+        if self.keep_only_labels:
+            hidden_NC, labels_N = hidden_NC[keep_N], labels_N[keep_N]
+        if weight is None:
+            return *cross_entropy(hidden_NC, labels_N, head=loss, divisor=divisor), count
+        return *linear_cross_entropy(hidden_NC, weight, labels_N, bias, head=loss, divisor=divisor), count
+
+    def head(self, forward: Callable[[], ModelOutput]) -> Head:
+        """What makes the logits of all positions, N = B · T, of what the network makes in `forward()`."""
         if not self.is_fused:
-            logits_NV = forward().logits.flatten(0, 1)
-            return *cross_entropy(logits_NV, labels_N, head=self.head, divisor=divisor), keep_N.sum()
+            return Head(forward().logits.flatten(0, 1), loss=self.loss)
         with self.tap.tapped() as tap:
             forward()
         # Not kept: what hangs on it would stay in memory until the next forward pass.
         hidden_NC, tap.hidden = tap.hidden.flatten(0, 1), None
-        count = keep_N.sum()
-        if self.keep_only_labels:
-            hidden_NC, labels_N = hidden_NC[keep_N], labels_N[keep_N]
-        weight, bias = tap.head.weight, tap.head.bias
-        return *linear_cross_entropy(hidden_NC, weight, labels_N, bias, head=self.head, divisor=divisor), count
+        return Head(hidden_NC, tap.head.weight, tap.head.bias, self.loss)

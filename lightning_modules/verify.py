@@ -62,9 +62,8 @@ class KeepsGradient(Callback):
 class Runs:
     """Short runs of a recipe with the user's flags, each in a process of its own."""
 
-    def __init__(self, script: Path, flags: list[str], folder: Path, writes_samples: bool):
-        self.script, self.flags, self.folder = script, flags, folder
-        self.quiet = ["--samples.max_new_tokens=0"] if writes_samples else []
+    def __init__(self, script: Path, flags: list[str], folder: Path, quiet: list[str]):
+        self.script, self.flags, self.folder, self.quiet = script, flags, folder, quiet
 
     def start(self, name: str, *flags: str) -> subprocess.Popen:
         folder = self.folder / name
@@ -89,13 +88,14 @@ class Runs:
         return self.folder / name
 
 
-def verify(script: Path, flags: list[str], writes_samples: bool) -> None:
-    """Prints the table and ends the process: 0 where all checks pass, 1 otherwise."""
+def verify(script: Path, flags: list[str], quiet: list[str]) -> None:
+    """Prints the table and ends the process: 0 where all checks pass, 1 otherwise. `quiet` are flags for runs that show
+    less."""
     report = Path(f"runs/verify-{datetime.now():%Y%m%d-%H%M%S}.json")
     checks: list[Check] = []
     print(f"verify: short runs of {script.name} with these flags; about a minute for a small model", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        for part in measured(Runs(script, flags, Path(folder), writes_samples)):
+        for part in measured(Runs(script, flags, Path(folder), quiet)):
             checks += part
             for check in part:
                 print(check.line(width=28), flush=True)

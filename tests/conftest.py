@@ -68,6 +68,15 @@ def reviews(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(8):
+        lines = [f"the film no{j} was {('lovely', 'dull')[(i + j) % 2]} and its end fine\n" for j in range(60)]
+        (folder / f"{i}.txt").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def encoder(tmp_path_factory) -> Path:
     return pretrained(tmp_path_factory.mktemp("encoder"), "masked")
 

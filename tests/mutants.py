@@ -452,8 +452,8 @@ MUTANTS = (
     Mutant(
         "T5",
         "the refusal to begin with what fine-tuning left",
-        "lightning_modules/finetune.py",
-        'return is_language_model(folder) and objective not in ("labels", "spans", "completions")',
+        "lightning_modules/model_folder.py",
+        'tuned = summary.get("objective") in ("labels", "spans", "completions")',
         "return is_language_model(folder)",
         "tests/test_writing.py -k begins_with_pretraining",
     ),

@@ -13,6 +13,7 @@ import pytest
 from transformers import BertConfig, BertForMaskedLM
 
 from datamodules.tokenization import bpe_tokenizer
+from tests.distilling import run as distill
 from tests.finetuning import run as finetune
 from tests.test_recipes import ROOT, SMALL, TOY, fit
 
@@ -32,7 +33,7 @@ def place(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("place")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        fit(folder / "run", corpus)
+        fit(folder / "run", corpus, **{"model.architecture.num_hidden_layers": 3})
     text = "".join(path.read_text() for path in corpus.iterdir())
     rows = "".join(json.dumps({"body": part}) + "\n" for part in text.split("\n\n"))
     with pyarrow.CompressedOutputStream(str(folder / "news.jsonl.zst"), "zstd") as stream:
@@ -60,6 +61,10 @@ def place(tmp_path_factory, corpus):
     for name in ("texts", "my_texts"):
         (folder / name).symlink_to(corpus)
     (folder / "recipes").symlink_to(ROOT / "recipes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.chdir(folder)
+        distill("cache", "--folder=cache/mine", *small_distillation([]))
     return folder
 
 
@@ -80,6 +85,9 @@ def test_a_command_runs_as_it_is_written(command, place, monkeypatch, capsys):
         arguments = ["replay", "--run", "run", "--step", "2"]
     elif script == "recipes/pretrain.py":
         arguments += toy_flags(arguments)
+    elif script == "recipes/distill.py":
+        arguments = [re.sub("^runs/mine$", "run", argument) for argument in arguments]  # which is a decoder
+        arguments += small_distillation(arguments)
     elif script == "recipes/finetune.py":
         few = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.max_val_examples=16"]
         arguments += few if arguments[0] == "fit" else []
@@ -93,6 +101,16 @@ def test_a_command_runs_as_it_is_written(command, place, monkeypatch, capsys):
     except SystemExit as end:
         assert not end.code, capsys.readouterr().err
     assert capsys.readouterr().out.strip()
+
+
+def small_distillation(arguments: list[str]) -> list[str]:
+    """What makes a distillation small, and names its teacher where the command does not."""
+    given = {a.removeprefix("--").partition("=")[0] for a in arguments if a.startswith("--")}
+    toy = {"data.path": "texts", "model.teacher": "run", "data.seq_len": 32, "data.batch_size": 4}
+    if "cache" not in arguments and "folder" not in given:
+        toy |= {"trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    toy |= {} if "model.student" in given else {f"model.student.{n}": v for n, v in SMALL["NanoChatConfig"].items()}
+    return [f"--{name}={value}" for name, value in toy.items() if name not in given]
 
 
 def toy_flags(arguments: list[str]) -> list[str]:

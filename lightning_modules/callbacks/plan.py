@@ -32,7 +32,7 @@ class Plan(Callback):
         rows = {
             "model": f"{type(module).__name__} {type(module.network.config).__name__}, {total:,} parameters, "
             f"{f'{trained:,} of them trained, ' if trained < total else ''}{precision(trainer, module)}",
-            "from": getattr(module, "start", "") or "",
+            **module.plan(),
             **data.plan(),
             "step": "{} rows × {} tokens × {} micro-batches × {} ranks = ".format(*parts)
             + f"{step_tokens:,.0f} tokens",

@@ -87,6 +87,7 @@ class Report(Callback):
             "peak_memory_bytes": peak_memory_bytes(),
             "precision": precision(trainer, module),
             "objective": module.objective,
+            **module.about(),
             "hardware": hardware.describe(),
             "skipped_rows": sum(trainer.datamodule.skipped_rows.values()),
             "baselines": compressors(trainer, seconds) if module.objective == "causal" else {},

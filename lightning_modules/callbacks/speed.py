@@ -55,6 +55,7 @@ class Speed(Callback):
             "perf/tokens_per_second": self.tokens_per_second,
             "perf/mfu": self.mfu,
         }
+        values |= {f"train/{name}": value for name, value in module.step_more.items()}
         module.log_dict({name: float(value) for name, value in values.items()})
         module.log("tokens", module.tokens.double())
         self._resume()

@@ -1,0 +1,147 @@
+"""What a teacher was good for: the table that a distillation ends with."""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_modules.architectures import parameter_count
+from lightning_modules.distillation import Distilled
+from lightning_modules.run_folder import RUN_FOLDER
+from lightning_modules.teacher import Teacher
+
+TIMES = 20
+"""Forward passes of which the latency is the median."""
+
+
+class Comparison(Callback):
+    """Trains the student once more without a teacher, on the same tokens, and sets both beside the teacher.
+
+    Args:
+        control: Whether it is trained; the run lies in the folder control/ of this one.
+    """
+
+    def __init__(self, control: bool = True):
+        self.control = control
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not module.learns_from_teachers:
+            return
+        folder = Path(trainer.default_root_dir)
+        module.load_teachers()
+        networks = {teacher.folder: teacher.network for teacher in module.teachers} | {"student": module.network.eval()}
+        milliseconds = latencies(trainer, module, networks)
+        if self.control and trainer.world_size == 1:
+            train_control(trainer, module, folder / "control")
+            control = Teacher(str(folder / "control"), module.auto_class).read()
+            networks["without teacher"] = control.to(module.device, module.network.dtype).eval()
+            milliseconds["without teacher"] = milliseconds["student"]
+        found = {
+            name: measured(trainer, module, network) | {"milliseconds": milliseconds[name]}
+            for name, network in networks.items()
+        }
+        if not trainer.is_global_zero:
+            return
+        print_table(found)
+        more = {"comparison": found}
+        if "without teacher" in found:
+            recovered = gap_recovered(*(found[name]["nats"] for name in ("without teacher", "student", module.start)))
+            more["gap_recovered"] = recovered
+            none = "none: the teacher is no better than the student without one"
+            print(f"gap recovered: {none if recovered is None else f'{recovered:.1f} %'}\n", flush=True)
+        elif self.control:
+            print("without a teacher, on one rank: the same command with --model.hard_weight 1\n", flush=True)
+        summary = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps(summary | more, indent=2) + "\n")
+
+
+def train_control(trainer: Trainer, module: Distilled, folder: Path) -> None:
+    """The same run with the text's own loss alone, in a process of its own; one that was interrupted goes on."""
+    flags = {
+        "config": Path(trainer.default_root_dir) / "config.yaml",
+        "model.teacher": json.dumps([teacher.folder for teacher in module.teachers]),
+        "model.hard_weight": 1,
+        "model.max_tokens": int(module.tokens),
+        "trainer.max_steps": -1,
+        "trainer.max_epochs": -1,
+        "trainer.max_time": "null",
+        "trainer.default_root_dir": folder,
+        "samples.max_new_tokens": 0,
+        "ckpt_path": "last",
+    }
+    folder.mkdir(exist_ok=True)
+    print(f"training the student without a teacher on the same {int(module.tokens):,} tokens", file=sys.stderr)
+    environment = {name: value for name, value in os.environ.items() if name != RUN_FOLDER}
+    with (folder / "log").open("a") as log:
+        command = [sys.executable, sys.argv[0], "fit", *[f"--{name}={value}" for name, value in flags.items()]]
+        ended = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode
+    if ended:
+        last = (folder / "log").read_text().strip().splitlines()[-1]
+        raise ValueError(f"the student without a teacher, {folder}, ended with {ended}: {last}")
+
+
+@torch.inference_mode()
+def measured(trainer: Trainer, module: Distilled, network: PreTrainedModel) -> dict[str, float]:
+    """Loss on the held-out text, and divergence from the first teacher there."""
+    sums = torch.zeros(4, dtype=torch.float64, device=module.device)
+    for batch in trainer.datamodule.val_dataloader():
+        sums += torch.stack(
+            [part.double() for part in module.compared(trainer.strategy.batch_to_device(batch), network)]
+        )
+    nats, divergence, tokens, utf8_bytes = (float(value) for value in trainer.strategy.reduce(sums, reduce_op="sum"))
+    return {
+        "nats": nats / tokens,
+        "bits_per_byte": nats / utf8_bytes / math.log(2),
+        "kl_to_teacher": divergence / tokens,
+        "parameters": parameter_count(network),
+    }
+
+
+@torch.inference_mode()
+def latencies(trainer: Trainer, module: Distilled, networks: dict[str, PreTrainedModel]) -> dict[str, float]:
+    """Median milliseconds of a forward pass of one row, the models in turns."""
+    batch = trainer.strategy.batch_to_device(next(iter(trainer.datamodule.val_dataloader())))
+    row = {name: value[:1] for name, value in batch.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    for _ in range(TIMES + 2):
+        for name, network in networks.items():
+            seconds[name].append(timed(lambda network=network: module.read(row, network), module.device))
+    return {name: 1000 * statistics.median(times[2:]) for name, times in seconds.items()}
+
+
+def timed(forward: Callable[[], Tensor], device: torch.device) -> float:
+    start = time.perf_counter()
+    forward()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def gap_recovered(control: float, student: float, teacher: float) -> float | None:
+    """Percent of the way from the control to the teacher; None where the teacher is no better than the control."""
+    return 100 * (control - student) / (control - teacher) if control > teacher else None
+
+
+def print_table(found: dict[str, dict[str, float]]) -> None:
+    columns = {
+        "nats": ("nats per token", ".4f"),
+        "bits_per_byte": ("bits per byte", ".4f"),
+        "kl_to_teacher": ("KL to teacher", ".4f"),
+        "parameters": ("parameters", ","),
+        "milliseconds": ("ms a row", ".1f"),
+    }
+    width = max(map(len, found))
+    print(" " * width, *(title for title, _ in columns.values()), sep="  ")
+    for name, row in found.items():
+        cells = [f"{row[key]:>{len(title)}{how}}" for key, (title, how) in columns.items()]
+        print(f"{name:<{width}}", *cells, sep="  ")

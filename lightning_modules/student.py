@@ -1,0 +1,68 @@
+"""A student that begins as a part of its teacher: some of its layers, and of each weight as much as fits."""
+
+import copy
+import re
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+LAYER = re.compile(r"\.(layers|layer|h|block)\.(\d+)\.")
+DEPTHS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+"""Fields of configs that count layers; an encoder-decoder has two."""
+FUSED = re.compile(r"\.(c_attn|query_key_value|Wqkv|qkv_proj)\.")
+"""Queries, keys and values in one matrix: the leading part of each is taken."""
+
+
+@dataclass
+class PartOfTeacher:
+    """As DistilBERT begins, https://arxiv.org/abs/1910.01108.
+
+    Args:
+        teacher_layers: Numbers of the teacher's layers that become the student's, in this order; of an encoder-decoder
+            on both sides.
+        fields: Fields of the config that are smaller than the teacher's, such as {intermediate_size: 384}.
+    """
+
+    teacher_layers: list[int]
+    fields: dict[str, int] = field(default_factory=dict)
+
+    def config(self, teacher: PreTrainedConfig) -> PreTrainedConfig:
+        config = copy.deepcopy(teacher)
+        for name in DEPTHS:
+            if (depth := getattr(teacher, name, None)) is None:
+                continue
+            outside = [layer for layer in self.teacher_layers if not 0 <= layer < depth]
+            if outside or not self.teacher_layers:
+                wrong = f"layer {outside[0]}" if outside else "no layer"
+                raise ValueError(f"--model.student.teacher_layers names {wrong}; the teacher has 0 to {depth - 1}")
+            setattr(config, name, len(self.teacher_layers))
+        if getattr(config, "layer_types", None):
+            config.layer_types = [teacher.layer_types[layer] for layer in self.teacher_layers]
+        for name, value in self.fields.items():
+            if not isinstance(getattr(teacher, name, None), int) or not 0 < value <= getattr(teacher, name):
+                here = getattr(teacher, name, "no such field")
+                raise ValueError(f"--model.student.fields {name}={value} is no part of the teacher, which has {here}")
+            setattr(config, name, value)
+        return config
+
+    @torch.no_grad()
+    def fill(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        """Copies weights, in place."""
+        whole = teacher.state_dict()
+        for name, part in student.state_dict().items():
+            if match := LAYER.search(name):
+                layer = self.teacher_layers[int(match[2])]
+                name = f"{name[: match.start(2)]}{layer}{name[match.end(2) :]}"
+            if part.is_floating_point() and part.shape != whole[name].shape and FUSED.search(name):
+                dim = 0 if part.shape[0] % 3 == 0 and part.shape[0] > part.shape[-1] else part.ndim - 1
+                of_three = zip(part.chunk(3, dim), whole[name].chunk(3, dim), strict=True)
+                for some, of_teacher in of_three:
+                    some.copy_(_leading(of_teacher, some))
+            else:
+                part.copy_(_leading(whole[name], part))
+
+
+def _leading(whole: Tensor, part: Tensor) -> Tensor:
+    return whole[tuple(slice(size) for size in part.shape)]

@@ -1,0 +1,110 @@
+"""A trained model that a student learns from: read, and never part of the student's module tree.
+
+So it is in no checkpoint, optimizer or bucket of gradients, and stays in eval mode without gradients.
+"""
+
+from collections.abc import Callable
+
+import torch
+from lightning.pytorch import LightningDataModule
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
+
+from lightning_modules import cpu_kernels, hardware
+from lightning_modules.losses import Head
+from lightning_modules.model_folder import find_folder, load_tokenizer
+from lightning_modules.token_loss import TokenLoss
+
+KEPT = 1e-3
+"""Nats per token that a teacher's distribution may move by for its weights to be bf16."""
+
+
+class Teacher:
+    """Of a run's folder, a model's folder or a Hub name, with the same head as the student."""
+
+    def __init__(self, name: str, auto_class: type, flag: str = "--model.teacher"):
+        self.folder, self.auto_class, self.flag = find_folder(name), auto_class, flag
+        try:
+            self.config = AutoConfig.from_pretrained(self.folder)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{flag} {name} is no model's folder, nor a Hub name ({reason})") from None
+        found = auto_class._model_mapping.get(type(self.config), None)
+        there = (self.config.architectures or [found and found.__name__])[0]
+        if found is None or there != found.__name__:
+            raise ValueError(f"{flag} {name} is a {there}, no {auto_class.__name__}, as both have to be")
+        self.network: PreTrainedModel | None = None
+
+    def require_fit(self, data: LightningDataModule) -> None:
+        """Raises ValueError where it cannot read what the student reads."""
+        if load_tokenizer(self.folder).get_vocab() != data.tokenizer.get_vocab():
+            raise ValueError(
+                f"{self.flag} {self.folder} has another tokenizer than the text was read with; leave --data.tokenizer "
+                "out, or take models that share one"
+            )
+        if self.positions is not None and data.seq_len > self.positions:
+            raise ValueError(
+                f"{self.flag} {self.folder} reads {self.positions} tokens at once, and a row has {data.seq_len}; pass "
+                f"--data.seq_len {self.positions}"
+            )
+
+    def read(self) -> PreTrainedModel:
+        """Its network in float32."""
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            settings = {"dtype": torch.float32, "output_loading_info": True}
+            network, info = self.auto_class.from_pretrained(self.folder, **settings)
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{self.flag} {self.folder} gives no {self.auto_class.__name__} ({reason})") from None
+        if missing := sorted(info["missing_keys"]):
+            lacking = f"{len(missing)} weights ({missing[0]}, …)"
+            raise ValueError(f"{self.flag} {self.folder} lacks {lacking}; pass a trained one")
+        return network
+
+    def load(self, device: torch.device) -> None:
+        """Makes it ready to be asked, in the cheapest precision that keeps its distribution."""
+        self.network = self.read().to(device).eval().requires_grad_(False)
+        self.bf16_nats = self._cost_of_bf16() if hardware.best_precision(device.type).startswith("bf16") else None
+        if self.bf16_nats is not None and self.bf16_nats <= KEPT:
+            self.network.bfloat16()
+            if device.type == "cpu":
+                self.kernels = cpu_kernels.install(self.network)
+        self._token_loss = TokenLoss(self.network)
+
+    @property
+    def positions(self) -> int | None:
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @torch.no_grad()
+    def _cost_of_bf16(self) -> float:
+        """KL of its distribution in float32 to that in bf16, a mean over some tokens."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.config.vocab_size, (1, min(64, self.positions or 64)), generator=generator)
+        ids = ids.to(self.network.device)
+        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if self.config.is_encoder_decoder else {})
+        exact = self.network(**inputs).logits.float().log_softmax(-1)
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            rounded = self.network(**inputs).logits.float().log_softmax(-1)
+        return float((exact.exp() * (exact - rounded)).sum(-1).mean())
+
+    @torch.no_grad()
+    def head(self, forward: Callable[[PreTrainedModel], ModelOutput]) -> Head:
+        """What makes its logits of all positions, N = B · T."""
+        return self._token_loss.head(lambda: forward(self.network))
+
+    @torch.no_grad()
+    def loss(self, forward: Callable[[PreTrainedModel], ModelOutput], labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """(sum of nats, number of labels)."""
+        _, nats, count = self._token_loss(lambda: forward(self.network), labels_BT)
+        return nats, count
+
+    def describe(self) -> str:
+        parameters = sum(p.numel() for p in self.network.parameters())
+        dtype = str(self.network.dtype).removeprefix("torch.")
+        cost = "" if self.bf16_nats is None else f" (bf16 moves it by {self.bf16_nats:.0e} nats per token)"
+        return f"{self.folder}: {type(self.config).__name__}, {parameters:,} parameters, {dtype}{cost}"

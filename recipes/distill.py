@@ -1,0 +1,45 @@
+"""Distil a language model: a student learns what a teacher makes of a text, beside one that learns from the text alone.
+
+Run:
+    python recipes/distill.py fit
+    python recipes/distill.py fit --model.teacher runs/mine --model.divergence reverse_kl --data.path my_texts/
+    python recipes/distill.py fit --model.student '{teacher_layers: [0, 2]}' --model.temperature 2
+    python recipes/distill.py cache --folder cache/mine --model.teacher runs/mine
+    python recipes/distill.py fit --data.teacher_cache cache/mine --model.teacher runs/mine
+    python recipes/distill.py verify
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from datamodules.text import Text
+from lightning_modules.caching_trainer import CachingTrainer
+from lightning_modules.cli import main
+from lightning_modules.distillation import CausalDistillation, Distilled, default_teacher
+
+TEACHER = ("--trainer.max_time=00:00:01:00", "--trainer.max_steps=400", "--samples.max_new_tokens=0")
+"""Of a teacher that is trained because there is none: what a minute allows."""
+
+
+def train_teacher(words: list[str]) -> None:
+    """Leaves a pretraining in runs/ where a run is to begin, names no teacher, and would find none."""
+    names_one = any("teacher" in word for word in words) or any(word in ("-c", "--config") for word in words)
+    if (
+        words[:1] not in (["fit"], ["cache"], ["verify"])
+        or {"-h", "--help"} & set(words)
+        or names_one
+        or "RANK" in os.environ
+    ):
+        return
+    if default_teacher(CausalDistillation.auto_class) is None:
+        print("no pretraining in runs/ to learn from: training a teacher for a minute", file=sys.stderr)
+        command = [sys.executable, str(Path(__file__).with_name("pretrain.py")), "fit", *TEACHER]
+        if code := subprocess.run(command).returncode:
+            sys.exit(code)
+
+
+if __name__ == "__main__":
+    train_teacher(sys.argv[1:])
+    main(Distilled, CausalDistillation, Text, Path(__file__), __doc__, trainer=CachingTrainer)

@@ -1,0 +1,225 @@
+"""Distillation of language models: what is learnt from whom, the same step however it is cut, honest comparison."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, T5Config
+
+from lightning_modules.distillation import CausalDistillation, DenoisingDistillation, MaskedDistillation
+from lightning_modules.losses import IGNORED
+from lightning_modules.student import PartOfTeacher
+from tests.distilling import as_command, fit, flags_of, opened, refused
+from tests.faults import signal_at, state
+
+
+@pytest.fixture(scope="session")
+def denoiser(tmp_path_factory, decoder) -> Path:
+    """A small T5 with the byte tokenizer."""
+    from transformers import T5ForConditionalGeneration
+
+    from datamodules.tokenization import byte_tokenizer
+
+    folder, tokenizer = tmp_path_factory.mktemp("denoiser"), byte_tokenizer("denoising")
+    torch.manual_seed(0)
+    small = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2, "dropout_rate": 0.1}
+    start = {"decoder_start_token_id": tokenizer.pad_token_id, "pad_token_id": tokenizer.pad_token_id}
+    network = T5ForConditionalGeneration(
+        T5Config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **small, **start)
+    )
+    for part in (network, tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
+# What is learnt
+
+
+def test_the_divergence_is_that_of_the_two_models_at_the_tokens_that_count(texts, decoder):
+    """Position by position, by transformers alone."""
+    module, batch = opened(texts, decoder, temperature=2.0, hard_weight=0.25)
+    batch["labels"][0, :20] = IGNORED
+    objective, nats, count, divergence = module.training_loss(batch, divisor=3.0)
+    teacher = AutoModelForCausalLM.from_pretrained(decoder)
+    expected, hard = 0.0, 0.0
+    with torch.no_grad():
+        p, q = (net(batch["input_ids"]).logits / 2 for net in (teacher, module.network))
+        p, q = p[..., : q.shape[-1]], q
+    for row in range(4):
+        for place in range(32):
+            if (label := int(batch["labels"][row, place])) != IGNORED:
+                expected += float(F.kl_div(q[row, place].log_softmax(-1), p[row, place].softmax(-1), reduction="sum"))
+                hard += float(F.cross_entropy(2 * q[row, place], torch.tensor(label)))
+    assert float(divergence) == pytest.approx(expected, rel=2e-2)  # the teacher may be in bf16
+    assert float(nats) == pytest.approx(hard, rel=1e-4) and int(count) == int((batch["labels"] != IGNORED).sum())
+    assert float(objective.detach()) == pytest.approx((0.75 * 4 * float(divergence) + 0.25 * float(nats)) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked", "denoising"])
+def test_a_student_with_all_layers_of_its_teacher_has_no_loss(kind, texts, decoder, encoder, denoiser):
+    teacher, module = {
+        "causal": (decoder, CausalDistillation),
+        "masked": (encoder, MaskedDistillation),
+        "denoising": (denoiser, DenoisingDistillation),
+    }[kind]
+    module, batch = opened(texts, teacher, module, student=PartOfTeacher([0, 1]))
+    module.network.eval()
+    module.teachers[0].network.float()
+    objective, nats, count, divergence = module.training_loss(batch, divisor=1.0)
+    assert float(nats) > 1 and int(count) > 0
+    assert abs(float(divergence)) < 1e-3 * int(count) and abs(float(objective)) < 1e-3 * int(count)
+
+
+def test_without_its_weight_a_teacher_changes_nothing(texts, decoder):
+    module, batch = opened(texts, decoder, hard_weight=1.0)
+    assert module.teachers[0].network is None  # it is not even read
+    objective, nats, count, _ = module.training_loss(batch, 2.0)
+    expected = module.loss(batch, 2.0)
+    assert [float(x) for x in (objective, nats, count)] == [float(x) for x in expected]
+
+
+def test_two_numbers_go_from_one_to_the_other_over_the_run(texts, decoder):
+    module, _ = opened(texts, decoder, temperature=[4.0, 1.0], hard_weight=[0.0, 1.0])
+    first = module.matching()
+    assert first.temperature == pytest.approx(4 - 3 * 0.05) and first.hard_weight == pytest.approx(0.05)
+    module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = 9
+    module.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = 9
+    last = module.matching()
+    assert last.temperature == pytest.approx(4 - 3 * 0.95) and last.hard_weight == pytest.approx(0.95)
+
+
+def test_the_teacher_is_no_part_of_the_student(texts, decoder):
+    module, batch = opened(texts, decoder)
+    teacher = module.teachers[0].network
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    owned = {id(p) for p in module.parameters()}
+    assert not any(id(p) in owned for p in teacher.parameters()) and not any(
+        "teacher" in n for n in module.state_dict()
+    )
+    module.train()
+    assert not teacher.training
+    before = [p.clone() for p in teacher.parameters()]
+    module.training_loss(batch, 1.0)[0].backward()
+    assert all(p.grad is None and torch.equal(p, old) for p, old in zip(teacher.parameters(), before, strict=True))
+
+
+def test_two_equal_teachers_are_one(texts, decoder):
+    one, batch = opened(texts, decoder)
+    two, _ = opened(texts, [decoder, decoder])
+    found = [float(module.training_loss(batch, 1.0)[0]) for module in (one, two)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+# A student's beginning
+
+
+def test_a_part_of_the_teacher_has_its_weights(texts, decoder):
+    module, _ = opened(texts, decoder, student=PartOfTeacher([1], {"intermediate_size": 48}))
+    ours, whole = module.network.state_dict(), AutoModelForCausalLM.from_pretrained(decoder).state_dict()
+    assert module.network.config.num_hidden_layers == 1
+    name = "model.layers.{}.mlp.up_proj.weight"
+    assert torch.equal(ours[name.format(0)], whole[name.format(1)][:48])
+    assert torch.equal(ours["model.embed_tokens.weight"], whole["model.embed_tokens.weight"])
+
+
+def test_a_trained_folder_goes_on(texts, decoder):
+    module, _ = opened(texts, decoder, student=str(decoder))
+    whole = AutoModelForCausalLM.from_pretrained(decoder).state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in module.network.state_dict().items())
+
+
+# Runs
+
+
+def test_a_run_ends_with_teacher_control_and_student(texts, decoder, tmp_path, capsys):
+    summary = fit(tmp_path, texts, decoder, **{"trainer.max_steps": 30, "trainer.val_check_interval": 30})
+    control = json.loads((tmp_path / "control" / "summary.json").read_text())
+    assert control["tokens"] == summary["tokens"] and control["steps"] == summary["steps"]
+    found = summary["comparison"]
+    assert found["student"]["nats"] == pytest.approx(summary["val_loss"], rel=1e-4)
+    assert found["without teacher"]["nats"] == pytest.approx(control["val_loss"], rel=1e-4)
+    assert found["student"]["kl_to_teacher"] < found["without teacher"]["kl_to_teacher"]
+    assert found[str(decoder)]["kl_to_teacher"] == pytest.approx(0, abs=1e-5)
+    nats = [found[name]["nats"] for name in ("without teacher", "student", str(decoder))]
+    assert summary["gap_recovered"] == (
+        None if nats[0] <= nats[2] else pytest.approx(100 * (nats[0] - nats[1]) / (nats[0] - nats[2]))
+    )
+    assert "gap recovered" in capsys.readouterr().out
+    assert "train/divergence" in (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 16
+
+
+def test_two_ranks_are_two_micro_batches_and_a_terminated_run_goes_on_as_either(texts, decoder, tmp_path):
+    common = {"comparison.control": False, "ckpt_path": "last"}
+    one = {"trainer.accumulate_grad_batches": 2, "trainer.val_check_interval": 12}  # in micro-batches
+    fit(tmp_path / "one", texts, decoder, **common, **one)
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp"}
+    (tmp_path / "two").mkdir()
+    flags = flags_of(tmp_path / "two", texts, decoder, **common, **two)
+    assert as_command(tmp_path / "two", [*flags, *signal_at(5)]) == 143
+    assert as_command(tmp_path / "two", flags) == 0
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-5)
+
+
+def test_a_killed_run_goes_on_bit_by_bit(texts, decoder, tmp_path):
+    common = {"comparison.control": False, "ckpt_path": "last", "model.temperature": "[4,1]"}
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+        flags = flags_of(tmp_path / name, texts, decoder, **common)
+        if name == "cut":
+            assert as_command(tmp_path / name, [*flags, *signal_at(7)]) == 143
+        assert as_command(tmp_path / name, flags) == 0
+    assert state(tmp_path / "whole") == state(tmp_path / "cut")
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"model.divergence": "cosine"}, "divergence"),
+        ({"model.temperature": 0}, "--model.temperature is 0"),
+        ({"model.hard_weight": 1.5}, "--model.hard_weight is 1.5"),
+        ({"model.hard_weight": "[0,0.5,1]"}, "or two to go between"),
+        ({"model.label_smoothing": 0.1}, "--model.label_smoothing"),
+        ({"model.student.teacher_layers": "[0,7]"}, "names layer 7; the teacher has 0 to 1"),
+        ({"model.teacher": "nowhere/at/all"}, "no such folder"),
+        ({"data.tokenizer": "bytes"}, "has another tokenizer"),
+        ({"data.seq_len": 2400}, "tokens at once"),
+    ],
+)
+def test_what_cannot_be_is_one_line(flags, told, texts, decoder, tmp_path, capsys):
+    given = flags_of(tmp_path, texts, decoder)
+    if "model.student.teacher_layers" in flags:
+        given = [flag for flag in given if not flag.startswith("--model.student")]
+    assert told in refused(capsys, *given, *(f"--{name}={value}" for name, value in flags.items()))
+
+
+def test_an_encoder_teaches_no_decoder(texts, encoder, tmp_path, capsys):
+    assert "is a BertForMaskedLM, no AutoModelForCausalLM" in refused(capsys, *flags_of(tmp_path, texts, encoder))
+
+
+def test_a_teacher_without_weights_is_refused(texts, decoder, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(decoder, tmp_path / "empty")
+    (tmp_path / "empty" / "model.safetensors").unlink()
+    assert "gives no AutoModelForCausalLM" in refused(capsys, *flags_of(tmp_path / "run", texts, tmp_path / "empty"))
+
+
+def test_without_a_teacher_the_newest_pretraining_is_one(texts, decoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "model").symlink_to(decoder)
+    quick = {"comparison.control": False, "trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    fit(tmp_path / "runs" / "taught", texts, None, **quick)
+    assert "teacher" in capsys.readouterr().out
+    # Its own student is newer, and no teacher by default: the same command is the same run.
+    summary = fit(tmp_path / "again", texts, None, **quick)
+    assert summary["teachers"] == ["runs/mine/model"]

@@ -1,0 +1,174 @@
+"""A teacher's cache: the same law as the teacher itself, found by what was read, refused where it does not fit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.teacher_cache import About, TeacherCache, decoded, is_written, shard_file
+from lightning_modules.distillation_loss import Matching, Sparse, kept_words, linear_distillation
+from lightning_modules.losses import Head
+from tests.distilling import fit, flags_of, opened, refused, run
+
+V = 29
+
+
+def about(scheme: str, exact: int, drawn: int) -> About:
+    return About(scheme, exact, drawn, 1.0, V, 8, 3, "teacher", "tokenizer")
+
+
+def stored(log_p: torch.Tensor, header: About, seed: int) -> Sparse:
+    """Through the records of a file and back."""
+    records = np.zeros(len(log_p), header.record)
+    for name, value in kept_words(log_p, header.exact, header.drawn, seed).items():
+        records[name] = value.numpy()
+    found = decoded(records[None], header)
+    return Sparse(*(found.get(f"teacher_{name}", [None])[0] for name in ("ids", "shares", "tail", "entropy")))
+
+
+def divergence(logits: torch.Tensor, target) -> tuple[float, torch.Tensor]:
+    leaf = logits.clone().requires_grad_(True)
+    labels = torch.zeros(len(logits), dtype=torch.long)
+    objective, _, value = linear_distillation(Head(leaf), target, labels, Matching())
+    objective.backward()
+    return float(value), leaf.grad
+
+
+@pytest.mark.parametrize(("scheme", "exact", "drawn"), [("sampled", 0, 12), ("hybrid", 4, 4)])
+def test_what_is_drawn_is_the_teacher_on_average(scheme, exact, drawn):
+    """The mean gradient of 2,000 caches lies within three standard errors of the whole teacher's, and so does the
+    divergence."""
+    torch.manual_seed(0)
+    teacher, student = torch.randn(3, V) * 2, torch.randn(3, V)
+    expected, gradient = divergence(student, [Head(teacher)])
+    header, log_p = about(scheme, exact, drawn), teacher.log_softmax(-1)
+    drawn_values, drawn_gradients = zip(
+        *(divergence(student, stored(log_p, header, seed)) for seed in range(2000)), strict=True
+    )
+    values, gradients = torch.tensor(drawn_values), torch.stack(drawn_gradients)
+    error = values.std() / 2000**0.5
+    assert abs(float(values.mean()) - expected) < 3 * float(error) + 2e-3 * expected  # float16 shares
+    off = (gradients.mean(0) - gradient).abs() / (gradients.std(0) / 2000**0.5 + 1e-4)
+    assert float((off < 3).float().mean()) > 0.98
+
+
+def test_the_hybrid_is_less_noisy_than_draws_alone():
+    torch.manual_seed(0)
+    teacher, student = torch.randn(3, V) * 3, torch.randn(3, V)
+    log_p = teacher.log_softmax(-1)
+    spread = {}
+    for scheme, exact, drawn in (("sampled", 0, 8), ("hybrid", 4, 4)):
+        header = about(scheme, exact, drawn)
+        spread[scheme] = (
+            torch.stack([divergence(student, stored(log_p, header, s))[1] for s in range(200)]).std(0).mean()
+        )
+    assert spread["hybrid"] < 0.7 * spread["sampled"]
+
+
+def test_a_top_of_all_words_but_one_is_the_teacher():
+    torch.manual_seed(0)
+    teacher, student = torch.randn(3, V), torch.randn(3, V)
+    expected, gradient = divergence(student, [Head(teacher)])
+    found, ours = divergence(student, stored(teacher.log_softmax(-1), about("top_k", V - 1, 0), 0))
+    assert found == pytest.approx(expected, rel=2e-3)
+    torch.testing.assert_close(ours, gradient, rtol=0, atol=2e-3)
+
+
+def test_a_token_takes_as_many_bytes_as_is_said():
+    assert about("top_k", 12, 0).record.itemsize == 50
+    assert about("sampled", 0, 12).record.itemsize == 26
+    assert about("hybrid", 8, 4).record.itemsize == 44
+
+
+# On disk
+
+
+def write(folder: Path, texts: Path, teacher: Path, **flags: object) -> Path:
+    kept = ("model.", "data.", "trainer.accelerator", "trainer.precision")
+    common = [flag for flag in flags_of(folder, texts, teacher) if flag[2:].startswith(kept)]
+    run("cache", f"--folder={folder}", *common, *(f"--{name}={value}" for name, value in flags.items()))
+    return folder
+
+
+def test_a_run_from_a_cache_of_nearly_all_words_is_that_beside_the_teacher(texts, decoder, tmp_path):
+    words = json.loads((decoder / "config.json").read_text())["vocab_size"]
+    cache = write(tmp_path / "cache", texts, decoder, scheme="top_k", exact=words - 1)
+    common = {"comparison.control": False, "trainer.max_steps": 6, "trainer.val_check_interval": 6}
+    beside = fit(tmp_path / "beside", texts, decoder, **common)
+    cached = fit(tmp_path / "cached", texts, decoder, **common, **{"data.teacher_cache": cache})
+    assert cached["val_loss"] == pytest.approx(beside["val_loss"], rel=2e-3)
+    assert cached["comparison"]["student"]["kl_to_teacher"] == pytest.approx(
+        beside["comparison"]["student"]["kl_to_teacher"], rel=2e-2
+    )
+
+
+def test_writing_goes_on_where_it_was_interrupted_and_ranks_share_it(texts, decoder, tmp_path, monkeypatch, capsys):
+    import datamodules.teacher_cache as module
+
+    monkeypatch.setattr(module, "ROWS_OF_A_SHARD", 16)
+    whole = write(tmp_path / "whole", texts, decoder)
+    shards = TeacherCache(whole).about.shards
+    assert shards > 3
+    shutil.copytree(whole, tmp_path / "cut")
+    shard_file(tmp_path / "cut", 1).unlink()
+    with pytest.raises(ValueError, match=f"lacks 1 of {shards} shards"):
+        TeacherCache(tmp_path / "cut")
+    untouched = shard_file(tmp_path / "cut", 0).stat().st_mtime_ns
+    write(tmp_path / "cut", texts, decoder)
+    assert shard_file(tmp_path / "cut", 0).stat().st_mtime_ns == untouched
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        write(tmp_path / "ranks", texts, decoder)
+    for other in ("cut", "ranks"):
+        for i in range(shards):
+            assert is_written(tmp_path / other, i)
+            assert shard_file(tmp_path / other, i).read_bytes() == shard_file(whole, i).read_bytes()
+
+
+def test_rows_are_found_in_another_order(texts, decoder, tmp_path):
+    cache = write(tmp_path / "cache", texts, decoder)
+    module, _ = opened(texts, decoder)
+    data = module.trainer.datamodule
+    data.teacher_cache = TeacherCache(cache)
+    rows = data.train_rows
+    one = data.teacher_cache.targets(rows.__getitems__(np.array([[7], [3]])))
+    other = data.teacher_cache.targets(rows.__getitems__(np.array([[0, 1], [5, 3]])))
+    assert all(torch.equal(one[name][0], other[name][1]) for name in one)
+    log_p = module.teachers[0].network(rows.__getitems__(np.array([[0], [3]]))["input_ids"]).logits[0].log_softmax(-1)
+    best = log_p[:, : data.vocab_size].argmax(-1)
+    assert (one["teacher_ids"][0, :, 0] == best).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"data.seq_len": 16}, "of another labels_of_a_row"),
+        ({"model.divergence": "jsd"}, "serves forward_kl of one teacher, not jsd"),
+        ({"model.temperature": 2}, "the teacher's cache is of temperature 1"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_refused(flags, told, texts, decoder, tmp_path, capsys):
+    cache = write(tmp_path / "cache", texts, decoder)
+    given = [*flags_of(tmp_path / "run", texts, decoder, **flags), f"--data.teacher_cache={cache}"]
+    assert told in refused(capsys, *given)
+
+
+def test_a_cache_of_another_teacher_or_another_text_is_refused(texts, decoder, tmp_path, capsys):
+    cache = write(tmp_path / "cache", texts, decoder, rows=8)
+    shutil.copytree(decoder, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    given = flags_of(tmp_path / "run", texts, tmp_path / "other")
+    assert "is of another teacher" in refused(capsys, *given, f"--data.teacher_cache={cache}")
+    # The rows behind the eighth are not there.
+    given = flags_of(tmp_path / "run2", texts, decoder)
+    assert "does not have row" in refused(capsys, *given, f"--data.teacher_cache={cache}")
+
+
+def test_no_cache_is_one_line(texts, decoder, tmp_path, capsys):
+    given = flags_of(tmp_path / "run", texts, decoder)
+    assert "is no teacher's cache" in refused(capsys, *given, f"--data.teacher_cache={tmp_path}")
