@@ -20,6 +20,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import cpu_kernels
 import data_tables
+import distillation
+import distillation_loss
 import finetuning
 import fused_loss
 import gpu
@@ -37,6 +39,8 @@ PARTS = (
     "layer",
     "finetuning",
     "fused_loss",
+    "distillation_loss",
+    "distillation",
     "cpu_kernels",
     "time_to_loss",
     "encoding",
@@ -89,6 +93,10 @@ def measured(options: argparse.Namespace) -> Iterator[list[Table]]:
         yield from ([table] for table in finetuning.tables(options.data_folder, cores, min(options.rounds, 3)))
     if "fused_loss" in wanted:
         yield fused_loss.tables(1 if options.quick else 3, cores)
+    if "distillation_loss" in wanted:
+        yield distillation_loss.tables(1 if options.quick else 3, cores)
+    if "distillation" in wanted:
+        yield distillation.tables(cores, options.rounds, options.turn_seconds)
     if "cpu_kernels" in wanted:
         yield cpu_kernels.tables(4 * options.rounds)
     if "time_to_loss" in wanted:

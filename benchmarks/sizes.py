@@ -28,7 +28,7 @@ class Size:
         return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0) if self.config == "GPT2Config" else {}
 
 
-def _nanochat(width: int, layers: int, heads: int, seq_len: int) -> dict[str, int]:
+def nanochat(width: int, layers: int, heads: int, seq_len: int) -> dict[str, int]:
     return {
         "hidden_size": width,
         "intermediate_size": 4 * width,
@@ -39,8 +39,8 @@ def _nanochat(width: int, layers: int, heads: int, seq_len: int) -> dict[str, in
     }
 
 
-SMALL = Size("4L/128", "NanoChatConfig", _nanochat(128, 4, 4, 64), seq_len=64, batch_size=32)
-MIDDLE = Size("6L/384", "NanoChatConfig", _nanochat(384, 6, 6, 256), seq_len=256, batch_size=8)
+SMALL = Size("4L/128", "NanoChatConfig", nanochat(128, 4, 4, 64), seq_len=64, batch_size=32)
+MIDDLE = Size("6L/384", "NanoChatConfig", nanochat(384, 6, 6, 256), seq_len=256, batch_size=8)
 GPT2 = Size("GPT-2 124M", "GPT2Config", {}, seq_len=1024, batch_size=1, bpe_ids=50257)
 
 GPT2_GPU = Size("GPT-2 124M", "GPT2Config", {}, seq_len=1024, batch_size=16, bpe_ids=50257)

@@ -1,0 +1,59 @@
+"""Our distillation as a user runs it: `recipes/distill.py fit` in this process, with a callback more that takes turns.
+
+Validation, checkpoints and start-up are not in the figure.
+"""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from sizes import Job
+from turns import run_row
+
+SCRIPT = Path(__file__).parents[1] / "recipes" / "distill.py"
+
+
+def config(job: Job) -> dict[str, dict]:
+    """The YAML of the run; the job's task is "alone", "teacher" or "cache"."""
+    size = job.size
+    turns = {"class_path": "recipe_row.TakesTurns", "init_args": {"job": job.to_json()}}
+    student = {"class_path": f"transformers.{size.config}", "init_args": size.fields}
+    cache = {"teacher_cache": job.data_file} if job.task == "cache" else {}
+    return {
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "precision": "bf16-true" if job.bf16 else "32-true",
+            "default_root_dir": str(Path(job.folder) / f"run-{os.getpid()}"),
+            "max_steps": 10**6,
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 10,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 0,
+            "enable_checkpointing": False,
+            "callbacks": [turns],
+        },
+        "model": {
+            "class_path": "CausalDistillation",
+            "init_args": {
+                "teacher": job.model,
+                "student": student,
+                "hard_weight": 1.0 if job.task == "alone" else 0.0,
+                "schedule": {"class_path": "Constant", "init_args": {"warmup_steps": 0}},
+            },
+        },
+        "data": {"seq_len": size.seq_len, "batch_size": size.batch_size} | cache,
+    }
+
+
+def train(job: Job) -> None:
+    file = Path(job.folder) / f"distill-{os.getpid()}.yaml"
+    file.write_text(json.dumps(config(job)))  # JSON is YAML
+    sys.argv = ["recipes/distill.py", "fit", "--allow_import", "recipe_row", "--config", str(file)]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+if __name__ == "__main__":
+    run_row(train)
