@@ -259,11 +259,10 @@ def drawn_words(module: Distilled, batch: dict[str, Tensor], draws: int = 64) ->
         Head(module.read(row, network).logits.flatten(0, 1)[keep_N][:, : module.vocabulary].float())
         for network in (module.teachers[0].network, module.network)
     )
-    log_p = teacher.hidden_NC.log_softmax(-1)
     _, _, whole = linear_distillation(student, [teacher], labels_N, Matching())
     found = []
     for seed in range(draws):
-        kept = kept_words(log_p, 4, 4, seed)
+        kept = kept_words(teacher, module.vocabulary, 1.0, 4, 4, seed)
         shares = torch.cat([kept["shares"], (kept["tail"] / 4)[:, None].expand(-1, 4)], 1)
         target = Sparse(kept["ids"], shares, None, kept["entropy"])
         found.append(linear_distillation(student, target, labels_N, Matching())[2])

@@ -157,8 +157,8 @@ class Distilled(LanguageModule):
     def kept_words(self, batch: dict[str, Tensor], about: KeptAs, seed: int) -> dict[str, np.ndarray]:
         """Of the teacher at every label of a batch, (B, T, …), what a cache holds: see distillation_loss.kept_words."""
         batch = {name: value.to(self.teachers[0].network.device) for name, value in batch.items()}
-        logits_NV = self.read(batch, self.teachers[0].network).logits.flatten(0, 1)[:, : about.words].float()
-        found = kept_words((logits_NV / about.temperature).log_softmax(-1), about.exact, about.drawn, seed)
+        head = self.teachers[0].head(partial(self.read, batch))
+        found = kept_words(head, about.words, about.temperature, about.exact, about.drawn, seed)
         return {
             name: value.view(*batch["labels"].shape, *value.shape[1:]).cpu().numpy() for name, value in found.items()
         }

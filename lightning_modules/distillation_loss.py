@@ -73,29 +73,36 @@ def linear_distillation(
     return _LinearDistillation.apply(*student[:3], *fixed)
 
 
-def kept_words(log_p_NV: Tensor, exact: int, drawn: int, seed: int) -> dict[str, Tensor]:
+@torch.no_grad()
+def kept_words(
+    teacher: Head, words: int, temperature: float, exact: int, drawn: int, seed: int, chunk_tokens: int = 256
+) -> dict[str, Tensor]:
     """What stands for a distribution in a cache: ids (N, exact + drawn); of the likeliest their shares (N, exact) and
     the tail (N,), the share of all others; where words are drawn, each for an equal part of the tail, the entropy (N,).
     """
-    p_NV = log_p_NV.exp()
-    shares_NH, ids_NH = p_NV.topk(exact) if exact else (p_NV[:, :0], torch.empty(len(p_NV), 0, dtype=torch.long))
-    found = {"ids": ids_NH}
-    if exact:
-        rest_NV = p_NV.scatter(1, ids_NH, 0.0)
-        tail_N = rest_NV.sum(-1)
-        found |= {"shares": shares_NH, "tail": tail_N}
-    else:
-        rest_NV = p_NV
+    generator = torch.Generator(teacher.hidden_NC.device).manual_seed(seed)
+    logits, parts = _Logits(teacher, words), []
+    for start in range(0, len(teacher.hidden_NC), chunk_tokens):
+        logits.take(slice(start, start + chunk_tokens))
+        log_p_nV = logits.log_softmax(logits.scores(slice(None)), temperature)
+        parts.append(_kept_words(log_p_nV, exact, drawn, generator))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _kept_words(log_p_nV: Tensor, exact: int, drawn: int, generator: torch.Generator) -> dict[str, Tensor]:
+    p_nV, found, ids = log_p_nV.exp(), {}, []
     if drawn:
-        generator = torch.Generator(p_NV.device).manual_seed(seed)
+        found["entropy"] = -torch.linalg.vecdot(p_nV, log_p_nV)
+    if exact:
+        shares_nH, ids_nH = p_nV.topk(exact)
+        p_nV.scatter_(1, ids_nH, 0.0)
+        found |= {"shares": shares_nH, "tail": p_nV.sum(-1)}
+        ids.append(ids_nH)
+    if drawn:
         # Where nothing is left to draw from, what is drawn counts for nothing.
-        drawable_NV = torch.where(rest_NV.sum(-1, keepdim=True) > 0, rest_NV, 1.0)
-        ids_ND = torch.multinomial(drawable_NV, drawn, replacement=True, generator=generator)
-        found |= {
-            "ids": torch.cat([ids_NH.to(ids_ND.device), ids_ND], 1),
-            "entropy": -torch.linalg.vecdot(p_NV, log_p_NV),
-        }
-    return found
+        p_nV[p_nV.sum(-1) <= 0] = 1.0
+        ids.append(torch.multinomial(p_nV, drawn, replacement=True, generator=generator))
+    return found | {"ids": torch.cat(ids, 1)}
 
 
 class _LinearDistillation(torch.autograd.Function):

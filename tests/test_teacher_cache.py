@@ -23,7 +23,7 @@ def about(scheme: str, exact: int, drawn: int) -> About:
 def stored(log_p: torch.Tensor, header: About, seed: int) -> Sparse:
     """Through the records of a file and back."""
     records = np.zeros(len(log_p), header.record)
-    for name, value in kept_words(log_p, header.exact, header.drawn, seed).items():
+    for name, value in kept_words(Head(log_p), V, 1.0, header.exact, header.drawn, seed, chunk_tokens=2).items():
         records[name] = value.numpy()
     found = decoded(records[None], header)
     return Sparse(*(found.get(f"teacher_{name}", [None])[0] for name in ("ids", "shares", "tail", "entropy")))
