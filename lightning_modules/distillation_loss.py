@@ -99,10 +99,17 @@ def _kept_words(log_p_nV: Tensor, exact: int, drawn: int, generator: torch.Gener
         found |= {"shares": shares_nH, "tail": p_nV.sum(-1)}
         ids.append(ids_nH)
     if drawn:
-        # Where nothing is left to draw from, what is drawn counts for nothing.
-        p_nV[p_nV.sum(-1) <= 0] = 1.0
-        ids.append(torch.multinomial(p_nV, drawn, replacement=True, generator=generator))
+        ids.append(_systematic_sample(p_nV, drawn, generator))
     return found | {"ids": torch.cat(ids, 1)}
+
+
+def _systematic_sample(mass_nV: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """(n, count) words, of which each stands there count · mass / total times in expectation, and never a whole time
+    more or less: equally spaced places, of one random beginning, along the cumulated mass."""
+    cumulated_nV = mass_nV.cumsum(-1, dtype=torch.float64)
+    begin_n1 = torch.rand(len(mass_nV), 1, dtype=torch.float64, generator=generator, device=mass_nV.device)
+    places_nD = (begin_n1 + torch.arange(count, device=mass_nV.device)) / count * cumulated_nV[:, -1:]
+    return torch.searchsorted(cumulated_nV, places_nD, right=True).clamp_(max=mass_nV.shape[1] - 1)
 
 
 class _LinearDistillation(torch.autograd.Function):

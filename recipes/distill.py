@@ -19,8 +19,8 @@ from lightning_modules.caching_trainer import CachingTrainer
 from lightning_modules.cli import main
 from lightning_modules.distillation import CausalDistillation, Distilled, default_teacher
 
-TEACHER = ("--trainer.max_time=00:00:01:00", "--trainer.max_steps=400", "--samples.max_new_tokens=0")
-"""Of a teacher that is trained because there is none: what a minute allows."""
+TEACHER = ("--trainer.max_time=00:00:01:15", "--trainer.max_steps=500", "--samples.max_new_tokens=0")
+"""Of a teacher that is trained because there is none."""
 
 
 def train_teacher(words: list[str]) -> None:
@@ -34,7 +34,7 @@ def train_teacher(words: list[str]) -> None:
     ):
         return
     if default_teacher(CausalDistillation.auto_class) is None:
-        print("no pretraining in runs/ to learn from: training a teacher for a minute", file=sys.stderr)
+        print("no pretraining in runs/ to learn from: training a teacher first, for 75 s", file=sys.stderr)
         command = [sys.executable, str(Path(__file__).with_name("pretrain.py")), "fit", *TEACHER]
         if code := subprocess.run(command).returncode:
             sys.exit(code)

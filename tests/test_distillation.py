@@ -1,6 +1,7 @@
 """Distillation of language models: what is learnt from whom, the same step however it is cut, honest comparison."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, T5Config
 from lightning_modules.distillation import CausalDistillation, DenoisingDistillation, MaskedDistillation
 from lightning_modules.losses import IGNORED
 from lightning_modules.student import PartOfTeacher
-from tests.distilling import as_command, fit, flags_of, opened, refused
+from tests.distilling import SMALL, as_command, fit, flags_of, opened, refused
 from tests.faults import signal_at, state
 
 
@@ -113,6 +114,23 @@ def test_two_equal_teachers_are_one(texts, decoder):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+def test_rows_behind_the_tokenizers_ids_count_for_nothing(texts, decoder, tmp_path):
+    padded = AutoModelForCausalLM.from_pretrained(decoder)
+    ids = padded.config.vocab_size
+    padded.resize_token_embeddings(ids + 7, mean_resizing=False)
+    padded.get_output_embeddings().weight.data[ids:] = 0.0  # logits of 0, as large as any
+    shutil.copytree(decoder, tmp_path / "padded")
+    padded.save_pretrained(tmp_path / "padded")
+    plain, batch = opened(texts, decoder)
+    other, _ = opened(texts, tmp_path / "padded")
+    found = [float(module.training_loss(batch, 1.0)[3]) for module in (plain, other)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    student, _ = opened(texts, tmp_path / "padded", student=LlamaConfig(vocab_size=ids + 9, **SMALL))
+    student.training_loss(batch, 1.0)[0].backward()
+    gradient = student.network.get_output_embeddings().weight.grad
+    assert gradient[:ids].any() and not gradient[ids:].any()
+
+
 # A student's beginning
 
 
@@ -206,8 +224,6 @@ def test_an_encoder_teaches_no_decoder(texts, encoder, tmp_path, capsys):
 
 
 def test_a_teacher_without_weights_is_refused(texts, decoder, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(decoder, tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").unlink()
     assert "gives no AutoModelForCausalLM" in refused(capsys, *flags_of(tmp_path / "run", texts, tmp_path / "empty"))
