@@ -188,6 +188,30 @@ class Distilled(LanguageModule):
         _, nats, kl = linear_distillation(student, [teacher], labels_N, Matching(), words=self.vocabulary)
         return nats, kl, keep_N.sum(), self.token_bytes.to(labels_N.device)[labels_N].sum()
 
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["distillation"] = self.settings()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        there, here = checkpoint.get("distillation"), self.settings()
+        if there is None:
+            raise ValueError("the checkpoint is of another recipe; resume it with the script that made it")
+        for name, value in here.items():
+            if there.get(name) != value:
+                raise ValueError(
+                    f"the checkpoint has {name} {there.get(name)}, this run {value}; resume with the flags of the "
+                    "run's config.yaml"
+                )
+        super().on_load_checkpoint(checkpoint)
+
+    def settings(self) -> dict[str, object]:
+        """What a run that goes on has to share with its beginning."""
+        names = ("divergence", "temperature", "hard_weight", "beta", "alpha")
+        teachers = {"teachers": [teacher.folder for teacher in self.teachers]}
+        return teachers | {name: getattr(self, name) for name in names}
+
     # What it is, in words
 
     def about(self) -> dict[str, object]:

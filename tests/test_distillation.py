@@ -198,6 +198,16 @@ def test_a_killed_run_goes_on_bit_by_bit(texts, decoder, tmp_path):
 # What cannot be
 
 
+def test_a_run_goes_on_with_what_it_began_with(texts, decoder, tmp_path, capsys):
+    quick = {"comparison.control": False, "trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    fit(tmp_path, texts, decoder, **quick)
+    common = {**quick, "trainer.max_steps": 4, "ckpt_path": "last"}
+    other = refused(capsys, *flags_of(tmp_path, texts, decoder, **common, **{"model.divergence": "jsd"}))
+    assert "the checkpoint has divergence forward_kl, this run jsd" in other
+    shutil.copytree(decoder, tmp_path / "other")
+    assert "has teachers" in refused(capsys, *flags_of(tmp_path, texts, tmp_path / "other", **common))
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
