@@ -9,6 +9,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from recipe_row import trainer
 from sizes import Job
 from turns import run_row
 
@@ -18,23 +19,10 @@ SCRIPT = Path(__file__).parents[1] / "recipes" / "distill.py"
 def config(job: Job) -> dict[str, dict]:
     """The YAML of the run; the job's task is "alone", "teacher" or "cache"."""
     size = job.size
-    turns = {"class_path": "recipe_row.TakesTurns", "init_args": {"job": job.to_json()}}
     student = {"class_path": f"transformers.{size.config}", "init_args": size.fields}
     cache = {"teacher_cache": job.data_file} if job.task == "cache" else {}
     return {
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 1,
-            "precision": "bf16-true" if job.bf16 else "32-true",
-            "default_root_dir": str(Path(job.folder) / f"run-{os.getpid()}"),
-            "max_steps": 10**6,
-            "gradient_clip_val": 1.0,
-            "log_every_n_steps": 10,
-            "num_sanity_val_steps": 0,
-            "limit_val_batches": 0,
-            "enable_checkpointing": False,
-            "callbacks": [turns],
-        },
+        "trainer": trainer(job, "bf16-true"),
         "model": {
             "class_path": "CausalDistillation",
             "init_args": {

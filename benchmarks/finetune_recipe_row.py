@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from finetuning import BATCH_SIZE, LEARNING_RATE, MAX_LENGTH
+from recipe_row import trainer
 from sizes import Job
 from turns import run_row
 
@@ -20,25 +21,12 @@ CLASSES = {"labels": ("Classification", "Labelled"), "spans": ("QuestionAnswerin
 def config(job: Job) -> dict[str, dict]:
     """The YAML of the run."""
     module, data = CLASSES[job.task]
-    turns = {"class_path": "recipe_row.TakesTurns", "init_args": {"job": job.to_json()}}
     optimizer = {
         "class_path": "torch.optim.AdamW",
         "init_args": {"lr": LEARNING_RATE, "weight_decay": 0.0, "fused": True},
     }
     return {
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 1,
-            "precision": "bf16-true" if job.bf16 else "32-true",
-            "default_root_dir": str(Path(job.folder) / f"run-{os.getpid()}"),
-            "max_steps": 10**6,
-            "gradient_clip_val": 1.0,
-            "log_every_n_steps": 10,
-            "num_sanity_val_steps": 0,
-            "limit_val_batches": 0,
-            "enable_checkpointing": False,
-            "callbacks": [turns],
-        },
+        "trainer": trainer(job, "bf16-true"),
         "model": {
             "class_path": module,
             "init_args": {

@@ -31,31 +31,33 @@ class TakesTurns(Callback):
         self.turns.step_begins()
 
 
+def trainer(job: Job, precision: str) -> dict[str, object]:
+    """Its flags: no end, no validation, and turns."""
+    return {
+        "accelerator": job.device,
+        "devices": 1,
+        "precision": precision if job.bf16 else "32-true",
+        "default_root_dir": str(Path(job.folder) / f"run-{os.getpid()}"),
+        "max_steps": 10**6,
+        "gradient_clip_val": 1.0,
+        "log_every_n_steps": 10,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+        "enable_checkpointing": False,
+        "callbacks": [{"class_path": "recipe_row.TakesTurns", "init_args": {"job": job.to_json()}}],
+    }
+
+
 def config(job: Job) -> dict[str, dict]:
     """The YAML of the run. What it leaves out is the recipe's default: AdamW, the callbacks, metrics.csv.
 
     The learning rate is the constant one of the other rows: a warm-up towards a million steps would train nothing.
     """
     size = job.size
-    on_cpu = job.device == "cpu"
-    precision = ("bf16-true" if on_cpu else "bf16-mixed") if job.bf16 else "32-true"
-    turns = {"class_path": "recipe_row.TakesTurns", "init_args": {"job": job.to_json()}}
     fields = {**size.fields, **size.without_dropout()}
     architecture = {"class_path": f"transformers.{size.config}", "init_args": fields}
     return {
-        "trainer": {
-            "accelerator": job.device,
-            "devices": 1,
-            "precision": precision,
-            "default_root_dir": str(Path(job.folder) / f"run-{os.getpid()}"),
-            "max_steps": 10**6,
-            "gradient_clip_val": 1.0,
-            "log_every_n_steps": 10,
-            "num_sanity_val_steps": 0,
-            "limit_val_batches": 0,
-            "enable_checkpointing": False,
-            "callbacks": [turns],
-        },
+        "trainer": trainer(job, "bf16-true" if job.device == "cpu" else "bf16-mixed"),
         "model": {
             "class_path": "CausalLM",
             "init_args": {

@@ -19,6 +19,7 @@ from lightning_modules.language_module import LanguageModule, network_inputs
 from lightning_modules.losses import IGNORED, Head
 from lightning_modules.model_folder import newest_pretraining
 from lightning_modules.pretrain import CausalLM, MaskedLM, SpanDenoising
+from lightning_modules.scheduled_step import require_same
 from lightning_modules.student import PartOfTeacher
 from lightning_modules.teacher import Teacher
 
@@ -198,12 +199,7 @@ class Distilled(LanguageModule):
         there, here = checkpoint.get("distillation"), self.settings()
         if there is None:
             raise ValueError("the checkpoint is of another recipe; resume it with the script that made it")
-        for name, value in here.items():
-            if there.get(name) != value:
-                raise ValueError(
-                    f"the checkpoint has {name} {there.get(name)}, this run {value}; resume with the flags of the "
-                    "run's config.yaml"
-                )
+        require_same(there, here)
         super().on_load_checkpoint(checkpoint)
 
     def settings(self) -> dict[str, object]:

@@ -26,7 +26,7 @@ from lightning_modules.architectures import fit_config
 from lightning_modules.checkpoint_io import replace_folder
 from lightning_modules.model_folder import find_folder, max_positions, newest_pretraining
 from lightning_modules.optim import adamw
-from lightning_modules.scheduled_step import ScheduledStep
+from lightning_modules.scheduled_step import ScheduledStep, require_same
 from lightning_modules.schedules import Linear, Schedule
 
 NEW = "new"
@@ -288,12 +288,7 @@ class FineTune(ScheduledStep):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         there, here = checkpoint.get("task", {}), self._task()
-        for name, value in here.items():
-            if there.get(name) != value:
-                raise ValueError(
-                    f"the checkpoint has {name} {there.get(name)}, this run {value}; resume with the flags of the "
-                    "run's config.yaml"
-                )
+        require_same(there, here)
         super().on_load_checkpoint(checkpoint)
 
     def _task(self) -> dict[str, object]:

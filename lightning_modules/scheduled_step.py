@@ -153,3 +153,13 @@ class ScheduledStep(ExactStep):
             elapsed = timer.time_elapsed()
             done.append(elapsed / (elapsed + timer.time_remaining()))
         return min(1.0, max(done))
+
+
+def require_same(there: dict[str, object], here: dict[str, object]) -> None:
+    """Raises ValueError with what a checkpoint has that the run which goes on from it does not."""
+    for name, value in here.items():
+        if there.get(name) != value:
+            raise ValueError(
+                f"the checkpoint has {name} {there.get(name)}, this run {value}; resume with the flags of the run's "
+                "config.yaml"
+            )

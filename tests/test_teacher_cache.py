@@ -130,7 +130,7 @@ def test_writing_goes_on_where_it_was_interrupted_and_ranks_share_it(texts, deco
 
 
 def test_rows_are_found_in_another_order(texts, decoder, tmp_path):
-    cache = write(tmp_path / "cache", texts, decoder)
+    cache = write(tmp_path / "cache", texts, decoder, scheme="top_k")
     module, _ = opened(texts, decoder)
     data = module.trainer.datamodule
     data.teacher_cache = TeacherCache(cache)
