@@ -128,6 +128,25 @@ class Distilled(LanguageModule):
                 f"{self.temperature}; pass the same, or write another cache"
             )
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._require_rows()
+
+    def _require_rows(self) -> None:
+        """Raises ValueError where a run of known length would read more than its cache has."""
+        data, trainer = self.trainer.datamodule, self.trainer
+        if data.teacher_cache is None:
+            return
+        limits = [trainer.max_steps * trainer.accumulate_grad_batches * data.rows_per_micro_step]
+        limits += [(trainer.max_epochs or -1) * data.rows_per_epoch, (self.max_tokens or -1) // data.tokens_per_row]
+        planned = min((int(rows) for rows in limits if rows > 0), default=0)
+        # What a decoder reads is the same in each epoch; the noise of the others is not.
+        needed = min(planned, data.rows_per_epoch) if self.objective == "causal" else planned
+        if needed > (rows := data.teacher_cache.about.rows):
+            raise ValueError(
+                f"the teacher's cache has {rows:,} rows, and this run reads {needed:,}; write it with --rows {needed}"
+            )
+
     @property
     def learns_from_teachers(self) -> bool:
         return self.hard_weight != 1.0

@@ -69,8 +69,14 @@ def linear_distillation(
     if isinstance(target, Sparse) and matching.divergence != "forward_kl":
         raise ValueError(f"{matching.divergence} needs all words of the teacher; of some of them there is forward_kl")
     words = words or (student.hidden_NC.shape[1] if student.weight_VC is None else len(student.weight_VC))
+    device = student.hidden_NC.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        student = student.to(dtype)
+        target = target if isinstance(target, Sparse) else [head.to(dtype) for head in target]
     fixed = (student.loss, target, labels_N, matching, words, divisor, chunk_tokens, torch.is_grad_enabled())
-    return _LinearDistillation.apply(*student[:3], *fixed)
+    with torch.autocast(device, enabled=False):  # which would take sums of products in bf16
+        return _LinearDistillation.apply(*student[:3], *fixed)
 
 
 @torch.no_grad()
@@ -195,9 +201,7 @@ class _Logits:
 
     def __init__(self, head: Head, words: int):
         hidden_NC, weight_VC, bias_V, self.loss = head
-        device = hidden_NC.device.type
-        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NC.dtype
-        self.hidden_NC = hidden_NC.to(self.dtype)
+        self.hidden_NC, self.dtype = hidden_NC, hidden_NC.dtype
         self.weight_VC = None if weight_VC is None else weight_VC.to(self.dtype)[:words]
         self.bias_V = None if bias_V is None else bias_V[:words]
         self.words = words

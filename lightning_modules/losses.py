@@ -36,6 +36,9 @@ class Head(NamedTuple):
     bias_V: Tensor | None = None
     loss: HeadLoss = PLAIN
 
+    def to(self, dtype: torch.dtype) -> "Head":
+        return self._replace(hidden_NC=self.hidden_NC.to(dtype))
+
     def rows(self, keep_N: Tensor) -> "Head":
         return self._replace(hidden_NC=self.hidden_NC[keep_N])
 

@@ -231,6 +231,21 @@ def test_logits_of_low_precision_are_compared_in_float32():
     assert float(error) < 0.01
 
 
+@pytest.mark.parametrize("divergence", ALL)
+def test_autocast_reaches_the_products_alone(divergence):
+    """As with bf16 hidden states and weights, whose sums are float32."""
+    rows, rounded = rows_of_both(), rows_of_both()
+    for name in ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight"):
+        rounded[name] = rounded[name].bfloat16()
+    expected = computed(rounded, Matching(divergence))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = computed(rows, Matching(divergence))
+    assert ours[0].dtype == torch.float32 and float(ours[0]) == pytest.approx(float(expected[0]), rel=5e-3)
+    assert ours[1][1].dtype == torch.float32
+    error = (ours[1][1] - expected[1][1].float()).norm() / expected[1][1].float().norm()
+    assert float(error) < 0.02
+
+
 # Some of the teacher's words
 
 

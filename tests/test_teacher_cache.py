@@ -164,9 +164,12 @@ def test_a_cache_of_another_teacher_or_another_text_is_refused(texts, decoder, t
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
     given = flags_of(tmp_path / "run", texts, tmp_path / "other")
     assert "is of another teacher" in refused(capsys, *given, f"--data.teacher_cache={cache}")
-    # The rows behind the eighth are not there.
-    given = flags_of(tmp_path / "run2", texts, decoder)
-    assert "does not have row" in refused(capsys, *given, f"--data.teacher_cache={cache}")
+    given = [*flags_of(tmp_path / "run2", texts, decoder), f"--data.teacher_cache={cache}"]
+    assert "has 8 rows, and this run reads 48; write it with --rows 48" in refused(capsys, *given)
+    # Where the length is a time, the first row that is not there says so.
+    given = [*flags_of(tmp_path / "run3", texts, decoder), f"--data.teacher_cache={cache}"]
+    endless = ["--trainer.max_steps=-1", "--trainer.max_epochs=-1", "--trainer.max_time=00:00:01:00"]
+    assert "does not have row" in refused(capsys, *given, *endless)
 
 
 def test_no_cache_is_one_line(texts, decoder, tmp_path, capsys):
