@@ -7,19 +7,10 @@ Each way is a process of its own: its extra peak memory is what forward and back
 gradients included. The divergence is compared with a float64 oracle on the same rounded inputs.
 """
 
-import json
-import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import torch
-from fused_loss import Shape
-from memory import forget_peak, peak_bytes, resident_bytes
+from costs import Shape, answer, in_a_process, of_loss
 from page import Goal, Table
 from torch import Tensor
-from turns import environment
 
 from lightning_modules.distillation_loss import Matching, Sparse, kept_words, linear_distillation
 from lightning_modules.losses import Head, linear_cross_entropy
@@ -101,30 +92,12 @@ def measure_here(way: str, shape: Shape, repeats: int) -> dict[str, float]:
     loss(with_cache(inputs(Shape(64, 512, 32)))).backward()  # what libraries allocate once
     rows = inputs(shape)
     rows = with_cache(rows) if way == "cached" else rows
-    seconds = []
-    forget_peak()
-    before = resident_bytes()
-    for i in range(repeats):
-        rows["hidden"].grad = rows["weight"].grad = None
-        start = time.process_time()
-        value = loss(rows)
-        value.backward()
-        seconds.append(time.process_time() - start)
-        if i == 0:
-            extra = peak_bytes() - before
-    return {"extra_bytes": extra, "seconds": statistics.median(seconds), "loss": value.item() / shape.tokens}
-
-
-def measure(way: str, shape: Shape, repeats: int, threads: int) -> dict[str, float]:
-    """The same in a fresh process."""
-    arguments = [sys.executable, str(Path(__file__)), way, *map(str, shape), str(repeats)]
-    done = subprocess.run(arguments, env=environment(threads), stdout=subprocess.PIPE, check=True, text=True)
-    return json.loads(done.stdout)
+    return of_loss(lambda: loss(rows), [rows["hidden"], rows["weight"]], shape.tokens, repeats)
 
 
 def tables(repeats: int, threads: int, shape: Shape = FULL) -> list[Table]:
     truth = oracle(shape)
-    found = {way: measure(way, shape, repeats, threads) for way in NAMES}
+    found = {way: in_a_process(__file__, way, shape, repeats, threads) for way in NAMES}
     base, mine = found["full"], found["ours"]
     rows = [
         [
@@ -157,6 +130,4 @@ def tables(repeats: int, threads: int, shape: Shape = FULL) -> list[Table]:
 
 
 if __name__ == "__main__":
-    name, *numbers = sys.argv[1:]
-    *dimensions, count = map(int, numbers)
-    print(json.dumps(measure_here(name, Shape(*dimensions), count)))
+    answer(measure_here)

@@ -7,19 +7,11 @@ Each way is a process of its own: its extra peak memory is what forward and back
 gradients included. The loss is compared with a float64 oracle on the same rounded inputs.
 """
 
-import json
-import os
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from memory import forget_peak, peak_bytes, resident_bytes
+from costs import Shape, answer, in_a_process, of_loss
 from page import Goal, Table
 from torch import Tensor
 
@@ -27,12 +19,6 @@ from lightning_modules.losses import linear_cross_entropy
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden_NC, weight_VC, labels_N) to the summed loss in nats."""
-
-
-class Shape(NamedTuple):
-    tokens: int
-    vocabulary: int
-    width: int
 
 
 FULL = Shape(2048, 50257, 768)
@@ -82,31 +68,12 @@ def measure_here(way: str, shape: Shape, repeats: int) -> dict[str, float]:
     loss = WAYS[way]
     loss(*inputs(Shape(64, 512, 32))).backward()  # what libraries allocate once
     hidden_NC, weight_VC, labels_N = inputs(shape)
-    seconds = []
-    forget_peak()
-    before = resident_bytes()
-    for i in range(repeats):
-        hidden_NC.grad = weight_VC.grad = None
-        start = time.process_time()
-        nats = loss(hidden_NC, weight_VC, labels_N)
-        nats.backward()
-        seconds.append(time.process_time() - start)
-        if i == 0:
-            extra = peak_bytes() - before
-    return {"extra_bytes": extra, "seconds": statistics.median(seconds), "loss": nats.item() / shape.tokens}
-
-
-def measure(way: str, shape: Shape, repeats: int, threads: int) -> dict[str, float]:
-    """The same in a fresh process."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000"}
-    arguments = [sys.executable, str(Path(__file__)), way, *map(str, shape), str(repeats)]
-    done = subprocess.run(arguments, env=environment, stdout=subprocess.PIPE, check=True, text=True)
-    return json.loads(done.stdout)
+    return of_loss(lambda: loss(hidden_NC, weight_VC, labels_N), [hidden_NC, weight_VC], shape.tokens, repeats)
 
 
 def tables(repeats: int, threads: int, shape: Shape = FULL) -> list[Table]:
     truth = oracle(shape)
-    found = {way: measure(way, shape, repeats, threads) for way in WAYS}
+    found = {way: in_a_process(__file__, way, shape, repeats, threads) for way in WAYS}
     base, mine = found["plain"], found["ours"]
     rows = [
         [
@@ -131,6 +98,4 @@ def tables(repeats: int, threads: int, shape: Shape = FULL) -> list[Table]:
 
 
 if __name__ == "__main__":
-    name, *numbers = sys.argv[1:]
-    *dimensions, count = map(int, numbers)
-    print(json.dumps(measure_here(name, Shape(*dimensions), count)))
+    answer(measure_here)

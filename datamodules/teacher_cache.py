@@ -50,7 +50,13 @@ class About:
     teacher: str
     """Digest of its weights."""
     tokenizer: str
+    noise: str
+    """Seed and shares of what is hidden; empty where nothing is."""
     format: int = FORMAT_VERSION
+
+    @property
+    def of_words(self) -> str:
+        return f"{self.scheme} of {self.exact} exact and {self.drawn} drawn words"
 
     @property
     def record(self) -> np.dtype:
@@ -197,7 +203,7 @@ def write_header(folder: Path, about: About) -> None:
     if (there := read_header(folder)) is not None:
         require_equal(folder, there, about)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".header.partial"
+    temporary = folder / f".header.{os.getpid()}.partial"  # ranks may write it at the same time
     temporary.write_text(json.dumps(asdict(about), indent=2))
     temporary.rename(folder / "header.json")
 

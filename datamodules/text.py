@@ -156,6 +156,7 @@ class Text(Ordered):
             labels_of_a_row=labels,
             teacher=teacher,
             tokenizer=fingerprint(self.tokenizer),
+            noise="" if self.objective == "causal" else f"{self.seed} {self.mask_fraction} {self.mean_span}",
             **chosen,
         )
 

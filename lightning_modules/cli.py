@@ -37,8 +37,8 @@ from lightning_modules.callbacks.samples import Samples
 from lightning_modules.callbacks.speed import Speed
 from lightning_modules.callbacks.watchdog import Watchdog
 from lightning_modules.checkpoint_io import CheckpointFiles
-from lightning_modules.command_line import OneLineParser, one_line_errors, unbreakable_output
-from lightning_modules.distillation import Distilled
+from lightning_modules.command_line import OneLineParser, one_line_errors, take_flag, unbreakable_output
+from lightning_modules.distillation import Distilled, default_teacher
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.precision import BF16Weights
 from lightning_modules.redaction import redacted
@@ -95,7 +95,10 @@ def _named_words(words: list[str]) -> list[str]:
         if not re.fullmatch(r"--model\.student(\.teacher_layers)?", flag) or (not equals and i + 1 == len(words)):
             continue
         place = i if equals else i + 1
-        value = yaml.safe_load(value if equals else words[place])
+        try:
+            value = yaml.safe_load(value if equals else words[place])
+        except yaml.YAMLError:  # the parser says it better
+            continue
         settings = {"teacher_layers": value} if flag.endswith("layers") else value
         if isinstance(settings, dict) and "teacher_layers" in settings:
             words[i : place + 1] = [f"--model.student={json.dumps(_part_of_teacher(settings))}"]
@@ -194,6 +197,10 @@ class RecipeCLI(LightningCLI):
         if isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch == 1:
             # Steps counted on through epochs: text of fewer batches than the interval is trained on, too.
             trainer.check_val_every_n_epoch = None
+        if issubclass(self.default_model, Distilled):
+            model = self.config[self.subcommand].model
+            if model.init_args.teacher is None:  # by name, so that the saved config is this run again
+                model.init_args.teacher = default_teacher(_class_of(model).auto_class)
         if self.subcommand == "fit":
             trainer.default_root_dir = str(run_folder(self.recipe, trainer.default_root_dir))
 
@@ -252,22 +259,12 @@ class RecipeCLI(LightningCLI):
 
 def _objective(model: object) -> str:
     """What the datamodule's labels are follows from the module's class."""
+    return _class_of(model).objective
+
+
+def _class_of(model: object) -> type[LightningModule]:
     module, _, name = model.class_path.rpartition(".")
-    return getattr(importlib.import_module(module), name).objective
-
-
-def take_flag(flag: str, args: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments without a flag that is not for the parser, and its values."""
-    left, values = [], []
-    words = iter(args)
-    for word in words:
-        if word == flag:
-            values.append(next(words, ""))
-        elif word.startswith(f"{flag}="):
-            values.append(word.partition("=")[2])
-        else:
-            left.append(word)
-    return left, values
+    return getattr(importlib.import_module(module), name)
 
 
 def main(

@@ -28,10 +28,12 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         # A library may have wrapped it on the way up.
-        purposes = [cause for cause in _causes(error) if _on_purpose(cause)]
+        purposes = [str(cause) for cause in _causes(error) if _on_purpose(cause)]
+        if told := _told_by_worker(str(error)):
+            purposes.append(told)
         if not purposes or os.environ.get("LIGHTNING_LM_TRACEBACK"):
             raise
-        fail(str(purposes[0]))
+        fail(purposes[0])
     except Exception as error:
         # By name, so that recipes without Lightning start without it.
         if type(error).__name__ != "MisconfigurationException" or os.environ.get("LIGHTNING_LM_TRACEBACK"):
@@ -90,6 +92,14 @@ def _on_purpose(error: BaseException) -> bool:
     return purposeful and (last.line or "").lstrip().startswith("raise ")
 
 
+def _told_by_worker(text: str) -> str | None:
+    """What our own code raised in a process that loads data, out of the traceback that torch makes a message of."""
+    if not re.match(r"Caught (OSError|ValueError) in DataLoader worker", text):
+        return None
+    raised = re.split(r'\n  File "', text)[-1]
+    return raised.rpartition("Error: ")[2].strip() if raised.startswith(OURS) and "    raise " in raised else None
+
+
 def fail(message: str, code: int = 2) -> None:
     print(f"error: {redacted(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
@@ -133,3 +143,17 @@ def _as_typed(flag: str) -> str:
     """A class's own parser names its field alone: --optimizer, where the command line said --model.optimizer."""
     typed = (argument.split("=")[0] for argument in sys.argv)
     return next((argument for argument in typed if argument.endswith(f".{flag[2:]}")), flag)
+
+
+def take_flag(flag: str, args: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without a flag that is not for the parser, and its values."""
+    left, values = [], []
+    words = iter(args)
+    for word in words:
+        if word == flag:
+            values.append(next(words, ""))
+        elif word.startswith(f"{flag}="):
+            values.append(word.partition("=")[2])
+        else:
+            left.append(word)
+    return left, values

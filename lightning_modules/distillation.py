@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lightning_modules.architectures import build, fit_config
 from lightning_modules.distillation_loss import Matching, Sparse, kept_words, linear_distillation
 from lightning_modules.divergences import Divergence
-from lightning_modules.language_module import LanguageModule, network_inputs
+from lightning_modules.language_module import LanguageModule
 from lightning_modules.losses import IGNORED, Head
 from lightning_modules.model_folder import newest_pretraining
 from lightning_modules.pretrain import CausalLM, MaskedLM, SpanDenoising
@@ -100,6 +100,8 @@ class Distilled(LanguageModule):
             return self.student.read()
         self.architecture = self.student.config(self.teachers[0].config)
         fit_config(self.architecture, data.tokenizer, data.vocab_size, data.seq_len)
+        if self.architecture.is_encoder_decoder:
+            self.architecture.decoder_start_token_id = self.teachers[0].config.decoder_start_token_id
         network = build(self.architecture, self.auto_class, self.seed)
         self.student.fill(network, self.teachers[0].read())
         return network
@@ -137,11 +139,17 @@ class Distilled(LanguageModule):
         data, trainer = self.trainer.datamodule, self.trainer
         if data.teacher_cache is None:
             return
-        limits = [trainer.max_steps * trainer.accumulate_grad_batches * data.rows_per_micro_step]
-        limits += [(trainer.max_epochs or -1) * data.rows_per_epoch, (self.max_tokens or -1) // data.tokens_per_row]
-        planned = min((int(rows) for rows in limits if rows > 0), default=0)
+        step = trainer.accumulate_grad_batches * data.rows_per_micro_step
+        limits = [trainer.max_steps * step, (trainer.max_epochs or -1) * data.rows_per_epoch]
+        if self.max_tokens:
+            limits.append(-(-self.max_tokens // int(step * data.tokens_per_row)) * step)
+        planned = min((rows for rows in limits if rows > 0), default=0)
         # What a decoder reads is the same in each epoch; the noise of the others is not.
         needed = min(planned, data.rows_per_epoch) if self.objective == "causal" else planned
+        if self.objective != "causal" and not planned:
+            raise ValueError(
+                "the noise of another epoch is not in a teacher's cache: say how long the run is by --trainer.max_steps"
+            )
         if needed > (rows := data.teacher_cache.about.rows):
             raise ValueError(
                 f"the teacher's cache has {rows:,} rows, and this run reads {needed:,}; write it with --rows {needed}"
@@ -185,8 +193,7 @@ class Distilled(LanguageModule):
 
     def read(self, batch: dict[str, Tensor], network: PreTrainedModel):
         """What another network than the student makes of a batch."""
-        of_batch = network_inputs(batch, self.objective, network.config) | self.decoder_inputs(batch)
-        return network(**of_batch, use_cache=False)
+        return network(**self.inputs_of(batch, network.config))
 
     def matching(self) -> Matching:
         """At this place of the run, the same for all micro-batches of a step."""
@@ -224,15 +231,18 @@ class Distilled(LanguageModule):
     def settings(self) -> dict[str, object]:
         """What a run that goes on has to share with its beginning."""
         names = ("divergence", "temperature", "hard_weight", "beta", "alpha")
-        teachers = {"teachers": [teacher.folder for teacher in self.teachers]}
-        return teachers | {name: getattr(self, name) for name in names}
+        cache = self.trainer.datamodule.teacher_cache
+        of_cache = "none" if cache is None else cache.about.of_words
+        return {"weights of the teachers": [teacher.digest for teacher in self.teachers], "cache": of_cache} | {
+            name: getattr(self, name) for name in names
+        }
 
     # What it is, in words
 
     def about(self) -> dict[str, object]:
         if not self.learns_from_teachers:
             return {"teachers": []}
-        return {"teachers": [teacher.folder for teacher in self.teachers]} | self.matching()._asdict()
+        return {"teachers": [teacher.folder for teacher in self.teachers]} | self.settings()
 
     def plan(self) -> dict[str, str]:
         if not self.learns_from_teachers:
@@ -241,8 +251,10 @@ class Distilled(LanguageModule):
         cache = self.trainer.datamodule.teacher_cache
         if cache is not None:
             about = cache.about
-            words = f"{about.scheme} of {about.exact} exact and {about.drawn} drawn words"
-            return {"teacher": f"{cache.folder}: {words}, {about.bytes_of_a_token:.1f} bytes a token", "matched": how}
+            return {
+                "teacher": f"{cache.folder}: {about.of_words}, {about.bytes_of_a_token:.1f} bytes a token",
+                "matched": how,
+            }
         return {"teacher": ", ".join(teacher.describe() for teacher in self.teachers), "matched": how}
 
     def made_from(self, data: LightningDataModule) -> str:

@@ -89,10 +89,14 @@ class LanguageModule(ScheduledStep):
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor | dict]:
         """What the network reads of a batch."""
-        of_batch = network_inputs(batch, self.objective, self.architecture)
-        return of_batch | self.decoder_inputs(batch) | {"use_cache": False}
+        return self.inputs_of(batch, self.architecture)
 
-    def decoder_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def inputs_of(self, batch: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor | dict]:
+        """What a network of this config reads."""
+        of_batch = network_inputs(batch, self.objective, config)
+        return of_batch | self.decoder_inputs(batch, config) | {"use_cache": False}
+
+    def decoder_inputs(self, batch: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
         return {}
 
     # Validation

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.token_loss import shifted_right
@@ -44,8 +44,7 @@ class SpanDenoising(LanguageModule):
     objective = "denoising"
     auto_class = AutoModelForSeq2SeqLM
 
-    def decoder_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        config = self.network.config
+    def decoder_inputs(self, batch: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
         return {"decoder_input_ids": shifted_right(batch["labels"], config.decoder_start_token_id, config.eos_token_id)}
 
     def sample(self, tokenizer, prompt: str, max_new_tokens: int, temperature: float) -> str:

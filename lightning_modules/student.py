@@ -5,14 +5,13 @@ import re
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 LAYER = re.compile(r"\.(layers|layer|h|block)\.(\d+)\.")
 DEPTHS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 """Fields of configs that count layers; an encoder-decoder has two."""
-FUSED = re.compile(r"\.(c_attn|query_key_value|Wqkv|qkv_proj)\.")
-"""Queries, keys and values in one matrix: the leading part of each is taken."""
+FUSED = re.compile(r"\.(c_attn|query_key_value|Wqkv|qkv_proj|Wi|gate_up_proj)\.")
+"""Several matrices in one, of which no leading part is a part of each."""
 
 
 @dataclass
@@ -41,6 +40,8 @@ class PartOfTeacher:
         if getattr(config, "layer_types", None):
             config.layer_types = [teacher.layer_types[layer] for layer in self.teacher_layers]
         for name, value in self.fields.items():
+            if teacher.attribute_map.get(name, name) in {teacher.attribute_map.get(depth, depth) for depth in DEPTHS}:
+                raise ValueError(f"--model.student.fields {name}: the layers follow from teacher_layers; leave it out")
             if not isinstance(getattr(teacher, name, None), int) or not 0 < value <= getattr(teacher, name):
                 here = getattr(teacher, name, "no such field")
                 raise ValueError(f"--model.student.fields {name}={value} is no part of the teacher, which has {here}")
@@ -49,20 +50,18 @@ class PartOfTeacher:
 
     @torch.no_grad()
     def fill(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-        """Copies weights, in place."""
-        whole = teacher.state_dict()
+        """Copies weights, in place. Raises ValueError for a layout of which the layers or the parts are not known."""
+        whole, copied_layers = teacher.state_dict(), False
         for name, part in student.state_dict().items():
             if match := LAYER.search(name):
+                copied_layers = True
                 layer = self.teacher_layers[int(match[2])]
-                name = f"{name[: match.start(2)]}{layer}{name[match.end(2) :]}"
-            if part.is_floating_point() and part.shape != whole[name].shape and FUSED.search(name):
-                dim = 0 if part.shape[0] % 3 == 0 and part.shape[0] > part.shape[-1] else part.ndim - 1
-                of_three = zip(part.chunk(3, dim), whole[name].chunk(3, dim), strict=True)
-                for some, of_teacher in of_three:
-                    some.copy_(_leading(of_teacher, some))
-            else:
-                part.copy_(_leading(whole[name], part))
-
-
-def _leading(whole: Tensor, part: Tensor) -> Tensor:
-    return whole[tuple(slice(size) for size in part.shape)]
+                of_layer = f"{name[: match.start(2)]}{layer}{name[match.end(2) :]}"
+                # What only the first layer has, such as T5's relative positions, stays the first layer's.
+                name = of_layer if of_layer in whole else name
+            if part.shape != whole[name].shape and FUSED.search(name):
+                raise ValueError(f"--model.student.fields cuts {name}, which holds several matrices; leave fields out")
+            part.copy_(whole[name][tuple(slice(size) for size in part.shape)])
+        if not copied_layers:
+            kind = type(teacher.config).__name__
+            raise ValueError(f"--model.student.teacher_layers does not know the layers of {kind}; pass an architecture")

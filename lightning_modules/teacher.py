@@ -3,19 +3,22 @@
 So it is in no checkpoint, optimizer or bucket of gradients, and stays in eval mode without gradients.
 """
 
+import copy
+import hashlib
 from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from lightning_modules import cpu_kernels, hardware
 from lightning_modules.losses import Head
-from lightning_modules.model_folder import find_folder, load_tokenizer
+from lightning_modules.model_folder import find_folder, load_tokenizer, max_positions
 from lightning_modules.token_loss import TokenLoss
 
 KEPT = 1e-3
@@ -45,6 +48,9 @@ class Teacher:
                 f"{self.flag} {self.folder} has another tokenizer than the text was read with; leave --data.tokenizer "
                 "out, or take models that share one"
             )
+        if data.vocab_size > self.config.get_text_config().vocab_size:
+            ids = self.config.get_text_config().vocab_size
+            raise ValueError(f"{self.flag} {self.folder} has {ids:,} ids, and its tokenizer {data.vocab_size:,}")
         if self.positions is not None and data.seq_len > self.positions:
             raise ValueError(
                 f"{self.flag} {self.folder} reads {self.positions} tokens at once, and a row has {data.seq_len}; pass "
@@ -76,9 +82,22 @@ class Teacher:
                 self.kernels = cpu_kernels.install(self.network)
         self._token_loss = TokenLoss(self.network)
 
-    @property
+    @cached_property
+    def digest(self) -> str:
+        """Of its weights; of a Hub name, the name."""
+        files = sorted(Path(self.folder).glob("*.safetensors"))
+        if not files:
+            return self.folder
+        found = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as stream:
+                found.update(hashlib.file_digest(stream, "sha256").digest())
+        return found.hexdigest()[:12]
+
+    @cached_property
     def positions(self) -> int | None:
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        with torch.device("meta"):
+            return max_positions(self.auto_class.from_config(copy.deepcopy(self.config)))
 
     @torch.no_grad()
     def _cost_of_bf16(self) -> float:
@@ -87,21 +106,17 @@ class Teacher:
         ids = torch.randint(self.config.vocab_size, (1, min(64, self.positions or 64)), generator=generator)
         ids = ids.to(self.network.device)
         inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if self.config.is_encoder_decoder else {})
-        exact = self.network(**inputs).logits.float().log_softmax(-1)
-        with torch.autocast(ids.device.type, torch.bfloat16):
-            rounded = self.network(**inputs).logits.float().log_softmax(-1)
+        rounded_network = copy.deepcopy(self.network).bfloat16()
+        exact, rounded = (
+            network(**inputs).logits.float().log_softmax(-1) for network in (self.network, rounded_network)
+        )
         return float((exact.exp() * (exact - rounded)).sum(-1).mean())
 
     @torch.no_grad()
     def head(self, forward: Callable[[PreTrainedModel], ModelOutput]) -> Head:
-        """What makes its logits of all positions, N = B · T."""
-        return self._token_loss.head(lambda: forward(self.network))
-
-    @torch.no_grad()
-    def loss(self, forward: Callable[[PreTrainedModel], ModelOutput], labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum of nats, number of labels)."""
-        _, nats, count = self._token_loss(lambda: forward(self.network), labels_BT)
-        return nats, count
+        """What makes its logits of all positions, N = B · T, in its own precision whatever the student's is."""
+        with torch.autocast(self.network.device.type, enabled=False):
+            return self._token_loss.head(lambda: forward(self.network))
 
     def describe(self) -> str:
         parameters = sum(p.numel() for p in self.network.parameters())

@@ -24,20 +24,27 @@ TEACHER = ("--trainer.max_time=00:00:01:15", "--trainer.max_steps=500", "--sampl
 
 
 def train_teacher(words: list[str]) -> None:
-    """Leaves a pretraining in runs/ where a run is to begin, names no teacher, and would find none."""
-    names_one = any("teacher" in word for word in words) or any(word in ("-c", "--config") for word in words)
-    if (
-        words[:1] not in (["fit"], ["cache"], ["verify"])
-        or {"-h", "--help"} & set(words)
-        or names_one
-        or "RANK" in os.environ
-    ):
+    """Leaves a pretraining in runs/ where a run is to begin, names no teacher and no YAML, and would find none."""
+    flags = {word.partition("=")[0] for word in words}
+    given = {"-h", "--help", "-c", "--config", "--model", "--model.teacher", "--model.class_path"}
+    if words[:1] not in (["fit"], ["cache"], ["verify"]) or flags & given or "RANK" in os.environ:
         return
     if default_teacher(CausalDistillation.auto_class) is None:
         print("no pretraining in runs/ to learn from: training a teacher first, for 75 s", file=sys.stderr)
-        command = [sys.executable, str(Path(__file__).with_name("pretrain.py")), "fit", *TEACHER]
+        command = [sys.executable, str(Path(__file__).with_name("pretrain.py")), "fit", *TEACHER, *of_the_text(words)]
         if code := subprocess.run(command).returncode:
             sys.exit(code)
+
+
+def of_the_text(words: list[str]) -> list[str]:
+    """The flags that say which text is read, and where."""
+    found, passed = [], False
+    for word in words:
+        is_flag = word.startswith("--")
+        passed = word.startswith(("--data.", "--trainer.accelerator")) if is_flag else passed
+        if passed and not word.startswith("--data.teacher_cache"):
+            found.append(word)
+    return found
 
 
 if __name__ == "__main__":

@@ -87,6 +87,25 @@ def decoder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def denoiser(tmp_path_factory) -> Path:
+    """A small T5 with the byte tokenizer."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from datamodules.tokenization import byte_tokenizer
+
+    folder, tokenizer = tmp_path_factory.mktemp("denoiser"), byte_tokenizer("denoising")
+    torch.manual_seed(0)
+    small = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2, "dropout_rate": 0.1}
+    start = {"decoder_start_token_id": tokenizer.pad_token_id, "pad_token_id": tokenizer.pad_token_id}
+    network = T5ForConditionalGeneration(
+        T5Config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **small, **start)
+    )
+    for part in (network, tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def word_pieces(tmp_path_factory) -> Path:
     """As BERT's: [CLS] question [SEP] context [SEP]."""
     from transformers import BertTokenizer

@@ -1,21 +1,22 @@
 """What the tests of distillation share: small text, small students, and runs of the recipe."""
 
 import json
-import runpy
-import sys
+from functools import partial
 from pathlib import Path
 
-import pytest
 from lightning.pytorch import Trainer
 from transformers import LlamaConfig
 
 from datamodules.text import Text
 from lightning_modules.distillation import CausalDistillation
-from tests.faults import command, kill_group
+from tests import finetuning
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "distill.py"
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+run, refused, as_command = (
+    partial(function, script=SCRIPT) for function in (finetuning.run, finetuning.refused, finetuning.as_command)
+)
 
 
 def opened(texts: Path, teacher: Path | list[str], module=CausalDistillation, **settings: object):
@@ -32,14 +33,6 @@ def opened(texts: Path, teacher: Path | list[str], module=CausalDistillation, **
     data.setup("fit")
     made.configure_model()
     return made, next(iter(data.train_dataloader()))
-
-
-def run(*words: str) -> None:
-    old, sys.argv = sys.argv, [str(SCRIPT), *words]
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        sys.argv = old
 
 
 def flags_of(folder: Path, texts: Path, teacher: Path, **flags: object) -> list[str]:
@@ -67,20 +60,3 @@ def flags_of(folder: Path, texts: Path, teacher: Path, **flags: object) -> list[
 def fit(folder: Path, *arguments: object, **flags: object) -> dict:
     run("fit", *flags_of(folder, *arguments, **flags))
     return json.loads((folder / "summary.json").read_text())
-
-
-def refused(capsys, *flags: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run("fit", *flags)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
-
-
-def as_command(folder: Path, flags: list[str]) -> int:
-    process = command(["fit", "--allow_import=tests", *flags], folder / "log", [sys.executable], script=SCRIPT)
-    try:
-        code = process.wait(120)
-    finally:
-        kill_group(process)
-    print((folder / "log").read_text()[-2000:])
-    return code

@@ -45,23 +45,23 @@ def pretrained(folder: Path, objective: str) -> Path:
     return folder
 
 
-def run(verb: str, *flags: str) -> None:
-    old, sys.argv = sys.argv, [str(SCRIPT), verb, *flags]
+def run(verb: str, *flags: str, script: Path = SCRIPT) -> None:
+    old, sys.argv = sys.argv, [str(script), verb, *flags]
     try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     finally:
         sys.argv = old
 
 
-def refused(capsys, *flags: str) -> str:
+def refused(capsys, *flags: str, script: Path = SCRIPT) -> str:
     with pytest.raises(SystemExit) as stop:
-        run("fit", *flags)
+        run("fit", *flags, script=script)
     assert stop.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def as_command(folder: Path, flags: list[str], *more: str) -> int:
-    process = command(["fit", "--allow_import=tests", *flags, *more], folder / "log", [sys.executable], script=SCRIPT)
+def as_command(folder: Path, flags: list[str], *more: str, script: Path = SCRIPT) -> int:
+    process = command(["fit", "--allow_import=tests", *flags, *more], folder / "log", [sys.executable], script=script)
     try:
         code = process.wait(120)
     finally:

@@ -521,6 +521,46 @@ MUTANTS = (
         "            pass\n",
         "tests/test_teacher_cache.py -k refused",
     ),
+    Mutant(
+        "S6",
+        "the best weights on every rank",
+        "lightning_modules/callbacks/report.py",
+        "        restore_best(trainer, module)\n        if not trainer.is_global_zero:\n            return\n",
+        "        if not trainer.is_global_zero:\n            return\n        restore_best(trainer, module)\n",
+        "tests/test_distillation.py -k two_ranks",
+    ),
+    Mutant(
+        "S6",
+        "the teacher's own precision",
+        "lightning_modules/teacher.py",
+        "with torch.autocast(self.network.device.type, enabled=False):",
+        "if True:",
+        "tests/test_distillation.py -k autocast",
+    ),
+    Mutant(
+        "S6",
+        "the digest of a teacher in a checkpoint",
+        "lightning_modules/distillation.py",
+        '"weights of the teachers": [teacher.digest for teacher in self.teachers]',
+        '"weights of the teachers": [0 for teacher in self.teachers]',
+        "tests/test_distillation.py -k began_with",
+    ),
+    Mutant(
+        "S7",
+        "the noise in a cache's header",
+        "datamodules/text.py",
+        'noise="" if self.objective == "causal" else f"{self.seed} {self.mask_fraction} {self.mean_span}"',
+        'noise=""',
+        "tests/test_teacher_cache.py -k encoder_decoder",
+    ),
+    Mutant(
+        "S7",
+        "a worker's error in one line",
+        "lightning_modules/command_line.py",
+        "        if told := _told_by_worker(str(error)):",
+        "        if told := None:",
+        "tests/test_teacher_cache.py -k worker",
+    ),
 )
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import data_tables
+import distillation_loss
 import finetune_recipe_row
 import finetune_trainer_row
 import finetuning
@@ -94,6 +95,16 @@ def test_all_ways_to_compute_the_loss_agree_with_float64():
     truth = fused_loss.oracle(shape)
     for way in fused_loss.WAYS:
         assert fused_loss.measure_here(way, shape, repeats=1)["loss"] == pytest.approx(truth, abs=0.03), way
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_both_ways_to_compute_the_divergence_agree_with_float64():
+    shape = distillation_loss.Shape(256, 300, 32)
+    truth = distillation_loss.oracle(shape)
+    for way in ("full", "ours"):
+        assert distillation_loss.measure_here(way, shape, repeats=1)["loss"] == pytest.approx(truth, abs=0.03), way
+    # Of all other words as one there is less to learn, never more.
+    assert 0 < distillation_loss.measure_here("cached", shape, repeats=1)["loss"] < truth
 
 
 def test_peak_memory_counts_what_was_freed_again():

@@ -1,39 +1,26 @@
 """Distillation of language models: what is learnt from whom, the same step however it is cut, honest comparison."""
 
 import json
+import runpy
 import shutil
-from pathlib import Path
+from collections import namedtuple
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, LlamaConfig
 
+from lightning_modules.callbacks import comparison
 from lightning_modules.distillation import CausalDistillation, DenoisingDistillation, MaskedDistillation
 from lightning_modules.losses import IGNORED
+from lightning_modules.lstm import LSTMConfig
 from lightning_modules.student import PartOfTeacher
-from tests.distilling import SMALL, as_command, fit, flags_of, opened, refused
+from tests.distilling import SCRIPT, SMALL, as_command, fit, flags_of, opened, refused, run
 from tests.faults import signal_at, state
 
-
-@pytest.fixture(scope="session")
-def denoiser(tmp_path_factory, decoder) -> Path:
-    """A small T5 with the byte tokenizer."""
-    from transformers import T5ForConditionalGeneration
-
-    from datamodules.tokenization import byte_tokenizer
-
-    folder, tokenizer = tmp_path_factory.mktemp("denoiser"), byte_tokenizer("denoising")
-    torch.manual_seed(0)
-    small = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2, "dropout_rate": 0.1}
-    start = {"decoder_start_token_id": tokenizer.pad_token_id, "pad_token_id": tokenizer.pad_token_id}
-    network = T5ForConditionalGeneration(
-        T5Config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **small, **start)
-    )
-    for part in (network, tokenizer):
-        part.save_pretrained(folder)
-    return folder
+Ended = namedtuple("Ended", "returncode")
 
 
 # What is learnt
@@ -143,6 +130,31 @@ def test_a_part_of_the_teacher_has_its_weights(texts, decoder):
     assert torch.equal(ours["model.embed_tokens.weight"], whole["model.embed_tokens.weight"])
 
 
+def test_what_the_first_layer_alone_has_stays(texts, denoiser):
+    """T5's relative positions, whichever layers are taken."""
+    module, _ = opened(texts, denoiser, DenoisingDistillation, student=PartOfTeacher([1]))
+    name = "encoder.block.0.layer.0.SelfAttention.{}.weight"
+    ours, whole = module.network.state_dict(), AutoModelForSeq2SeqLM.from_pretrained(denoiser).state_dict()
+    bias = name.format("relative_attention_bias")
+    assert torch.equal(ours[bias], whole[bias])
+    assert torch.equal(ours[name.format("q")], whole[name.format("q").replace("block.0", "block.1")])
+
+
+def test_a_layout_that_is_not_known_is_refused():
+    """Rather than cut in the wrong place: three matrices in one, and an LSTM, whose layers have other names."""
+    for config, part, told in (
+        (
+            GPT2Config(n_embd=8, n_head=2, n_layer=2, vocab_size=9),
+            PartOfTeacher([0], {"n_embd": 4}),
+            "several matrices",
+        ),
+        (LSTMConfig(hidden_size=8, num_hidden_layers=2, vocab_size=9), PartOfTeacher([1]), "does not know the layers"),
+    ):
+        teacher, student = (AutoModelForCausalLM.from_config(c) for c in (config, part.config(config)))
+        with pytest.raises(ValueError, match=told):
+            part.fill(student, teacher)
+
+
 def test_a_trained_folder_goes_on(texts, decoder):
     module, _ = opened(texts, decoder, student=str(decoder))
     whole = AutoModelForCausalLM.from_pretrained(decoder).state_dict()
@@ -182,6 +194,10 @@ def test_two_ranks_are_two_micro_batches_and_a_terminated_run_goes_on_as_either(
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-5)
+    # The best weights, not the last, are in the table, on both ranks.
+    found = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert found["val_loss"] < found["val_loss_final"] - 1e-3
+    assert found["comparison"]["student"]["nats"] == pytest.approx(found["val_loss"], rel=1e-6)
 
 
 def test_a_killed_run_goes_on_bit_by_bit(texts, decoder, tmp_path):
@@ -193,6 +209,60 @@ def test_a_killed_run_goes_on_bit_by_bit(texts, decoder, tmp_path):
             assert as_command(tmp_path / name, [*flags, *signal_at(7)]) == 143
         assert as_command(tmp_path / name, flags) == 0
     assert state(tmp_path / "whole") == state(tmp_path / "cut")
+    assert json.loads((tmp_path / "cut" / "summary.json").read_text())["temperature"] == [4, 1]
+
+
+def test_a_float32_teacher_stays_one_under_autocast(texts, decoder):
+    module, batch = opened(texts, decoder)
+    teacher = module.teachers[0]
+    teacher.network.float()
+    exact = teacher.head(partial(module.read, batch)).hidden_NC
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(teacher.head(partial(module.read, batch)).hidden_NC, exact)
+
+
+def test_a_control_that_fails_leaves_the_table_of_the_others(texts, decoder, tmp_path, capsys, monkeypatch):
+    """And it gets what the command line allowed to import, and nothing of this run's ranks."""
+    given = {}
+
+    class Failing:
+        def __init__(self, command, env, **_):
+            given.update(command=command, env=env)
+
+        def wait(self):
+            return 7
+
+        def terminate(self):
+            given["terminated"] = True
+
+    monkeypatch.setattr(comparison.subprocess, "Popen", Failing)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    run("fit", "--allow_import=tests", *flags_of(tmp_path, texts, decoder, **{"trainer.max_steps": 6}))
+    out, err = capsys.readouterr()
+    assert "KL to teacher" in out and "ended with 7" in err and given["terminated"]
+    assert "--allow_import=tests" in given["command"] and "MASTER_PORT" not in given["env"]
+    assert "without teacher" not in json.loads((tmp_path / "summary.json").read_text())["comparison"]
+
+
+def test_a_saved_config_names_the_teacher_that_was_found(texts, decoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "model").symlink_to(decoder)
+    quick = {"comparison.control": False, "trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    fit(tmp_path / "run", texts, None, **quick)
+    assert "teacher: runs/mine/model" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_teacher_that_is_trained_first_reads_the_same_text(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    recipe, started = runpy.run_path(str(SCRIPT)), []
+    monkeypatch.setattr(recipe["subprocess"], "run", lambda command: started.append(command) or Ended(0))
+    layers = ["fit", "--model.student", "{teacher_layers: [0, 1]}", "--data.path", "a", "b", "--trainer.max_steps=2"]
+    recipe["train_teacher"](layers)
+    assert started[0][-3:] == ["--data.path", "a", "b"]
+    for words in (["--model.teacher=x"], ["--config=x"], ["--model", "MaskedDistillation"], ["--help"]):
+        recipe["train_teacher"](["fit", *words])
+    assert len(started) == 1
 
 
 # What cannot be
@@ -204,8 +274,12 @@ def test_a_run_goes_on_with_what_it_began_with(texts, decoder, tmp_path, capsys)
     common = {**quick, "trainer.max_steps": 4, "ckpt_path": "last"}
     other = refused(capsys, *flags_of(tmp_path, texts, decoder, **common, **{"model.divergence": "jsd"}))
     assert "the checkpoint has divergence forward_kl, this run jsd" in other
-    shutil.copytree(decoder, tmp_path / "other")
-    assert "has teachers" in refused(capsys, *flags_of(tmp_path, texts, tmp_path / "other", **common))
+    shutil.copytree(decoder, tmp_path / "moved")
+    fit(tmp_path, texts, tmp_path / "moved", **common)
+    other = AutoModelForCausalLM.from_pretrained(decoder)
+    other.get_output_embeddings().weight.data.mul_(2)
+    other.save_pretrained(tmp_path / "moved")
+    assert "has weights of the teachers" in refused(capsys, *flags_of(tmp_path, texts, tmp_path / "moved", **common))
 
 
 @pytest.mark.parametrize(
@@ -217,6 +291,9 @@ def test_a_run_goes_on_with_what_it_began_with(texts, decoder, tmp_path, capsys)
         ({"model.hard_weight": "[0,0.5,1]"}, "or two to go between"),
         ({"model.label_smoothing": 0.1}, "--model.label_smoothing"),
         ({"model.student.teacher_layers": "[0,7]"}, "names layer 7; the teacher has 0 to 1"),
+        ({"model.student": "{teacher_layers: [0], fields: {num_hidden_layers: 1}}"}, "follow from teacher_layers"),
+        ({"model.student": "{teacher_layers: [0], fields: {vocab: 3}}"}, "is no part of the teacher"),
+        ({"model.student": "{teacher_layers: [0, 1"}, "--model.student"),
         ({"model.teacher": "nowhere/at/all"}, "no such folder"),
         ({"data.tokenizer": "bytes"}, "has another tokenizer"),
         ({"data.seq_len": 2400}, "tokens at once"),
@@ -224,7 +301,7 @@ def test_a_run_goes_on_with_what_it_began_with(texts, decoder, tmp_path, capsys)
 )
 def test_what_cannot_be_is_one_line(flags, told, texts, decoder, tmp_path, capsys):
     given = flags_of(tmp_path, texts, decoder)
-    if "model.student.teacher_layers" in flags:
+    if any(name.startswith("model.student") for name in flags):
         given = [flag for flag in given if not flag.startswith("--model.student")]
     assert told in refused(capsys, *given, *(f"--{name}={value}" for name, value in flags.items()))
 

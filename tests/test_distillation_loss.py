@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.distillation_loss import Matching, Sparse, linear_distillation
-from lightning_modules.losses import IGNORED, Head, HeadLoss
+from lightning_modules.losses import IGNORED, PLAIN, Head, HeadLoss
 
 N, C, D, V = 23, 8, 12, 37
 ALL = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "mse")
@@ -29,7 +29,7 @@ def rows_of_both(seed: int = 0, spread: float = 2.0) -> dict[str, Tensor]:
     }
 
 
-def heads(rows: dict[str, Tensor], loss: HeadLoss = HeadLoss()) -> tuple[Head, list[Head]]:  # noqa: B008
+def heads(rows: dict[str, Tensor], loss: HeadLoss = PLAIN) -> tuple[Head, list[Head]]:
     for name in ("hidden", "weight", "bias"):
         rows[name].requires_grad_(True).grad = None
     student = Head(rows["hidden"], rows["weight"], rows["bias"], loss)
@@ -64,7 +64,7 @@ def by_formula(p: Tensor, q: Tensor, divergence: str, beta: float, alpha: float)
     return (difference - difference.mean(-1, keepdim=True)).square().mean(-1)
 
 
-def oracle(rows: dict[str, Tensor], matching: Matching, loss: HeadLoss = HeadLoss()):  # noqa: B008
+def oracle(rows: dict[str, Tensor], matching: Matching, loss: HeadLoss = PLAIN):
     """Objective, and gradients of hidden states, weight and bias, in float64 by autograd."""
     double = {name: value.detach().double() for name, value in rows.items() if name != "labels"}
     leaves = [double[name].requires_grad_(True) for name in ("hidden", "weight", "bias")]
@@ -79,7 +79,7 @@ def oracle(rows: dict[str, Tensor], matching: Matching, loss: HeadLoss = HeadLos
     return objective, torch.autograd.grad(objective, leaves), nats[keep].sum(), value[keep].sum()
 
 
-def computed(rows, matching, loss=HeadLoss(), **settings):  # noqa: B008
+def computed(rows, matching, loss=PLAIN, **settings):
     student, teachers = heads(rows, loss)
     objective, nats, value = linear_distillation(student, teachers, rows["labels"], matching, **settings)
     objective.backward()

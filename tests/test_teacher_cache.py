@@ -11,13 +11,13 @@ import torch
 from datamodules.teacher_cache import About, TeacherCache, decoded, is_written, shard_file
 from lightning_modules.distillation_loss import Matching, Sparse, kept_words, linear_distillation
 from lightning_modules.losses import Head
-from tests.distilling import fit, flags_of, opened, refused, run
+from tests.distilling import SMALL, fit, flags_of, opened, refused, run
 
 V = 29
 
 
 def about(scheme: str, exact: int, drawn: int) -> About:
-    return About(scheme, exact, drawn, 1.0, V, 8, 3, "teacher", "tokenizer")
+    return About(scheme, exact, drawn, 1.0, V, 8, 3, "teacher", "tokenizer", "")
 
 
 def stored(log_p: torch.Tensor, header: About, seed: int) -> Sparse:
@@ -170,6 +170,39 @@ def test_a_cache_of_another_teacher_or_another_text_is_refused(texts, decoder, t
     given = [*flags_of(tmp_path / "run3", texts, decoder), f"--data.teacher_cache={cache}"]
     endless = ["--trainer.max_steps=-1", "--trainer.max_epochs=-1", "--trainer.max_time=00:00:01:00"]
     assert "does not have row" in refused(capsys, *given, *endless)
+
+
+def test_a_run_goes_on_with_the_cache_it_began_with(texts, decoder, tmp_path, capsys):
+    caches = {name: write(tmp_path / name, texts, decoder, scheme=name) for name in ("sampled", "top_k")}
+    quick = {"comparison.control": False, "trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    fit(tmp_path / "run", texts, decoder, **quick, **{"data.teacher_cache": caches["sampled"]})
+    more = quick | {"trainer.max_steps": 4, "ckpt_path": "last"}
+    for other in (caches["top_k"], None):
+        given = flags_of(tmp_path / "run", texts, decoder, **more, **{"data.teacher_cache": other})
+        assert "the checkpoint has cache sampled of" in refused(capsys, *given)
+
+
+def test_a_cache_of_an_encoder_decoder_is_of_one_noise_and_one_length(texts, denoiser, tmp_path, capsys):
+    """By the teacher's own first token of the decoder, and refused where another epoch's noise would be read."""
+    other = {f"model.student.{name}": None for name in SMALL} | {"model.student": denoiser}
+    kind = ["--model=DenoisingDistillation", "--model.student", str(denoiser), f"--model.teacher={denoiser}"]
+    text = [f"--data.path={texts}", "--data.val_fraction=0.2", "--data.seq_len=32", "--data.batch_size=4"]
+    run("cache", *kind, *text, f"--folder={tmp_path / 'cache'}", "--rows=48")
+    cache = f"--data.teacher_cache={tmp_path / 'cache'}"
+    flags = flags_of(tmp_path / "run", texts, denoiser, **other, **{"comparison.control": False})
+    flags = [flag for flag in flags if not flag.startswith("--model.student")]
+    run("fit", *kind, *flags, cache)
+    for more, told in (("--data.seed=1", "is of another noise"), ("--trainer.max_steps=-1", "noise of another epoch")):
+        run_folder = f"--trainer.default_root_dir={tmp_path / told[:5]}"
+        endless = ["--trainer.max_epochs=-1", "--trainer.max_time=00:00:01:00"] if "steps" in more else []
+        assert told in refused(capsys, *kind, *flags, cache, more, *endless, run_folder)
+
+
+def test_a_worker_that_does_not_find_a_row_says_it_in_one_line(texts, decoder, tmp_path, capsys):
+    cache = write(tmp_path / "cache", texts, decoder, rows=8)
+    given = [*flags_of(tmp_path / "run", texts, decoder), f"--data.teacher_cache={cache}", "--data.num_workers=1"]
+    endless = ["--trainer.max_steps=-1", "--trainer.max_epochs=-1", "--trainer.max_time=00:00:01:00"]
+    assert refused(capsys, *given, *endless).startswith(f"error: {cache} does not have row")
 
 
 def test_no_cache_is_one_line(texts, decoder, tmp_path, capsys):

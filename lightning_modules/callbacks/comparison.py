@@ -16,10 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_modules.architectures import parameter_count
+from lightning_modules.command_line import take_flag
 from lightning_modules.distillation import Distilled
 from lightning_modules.run_folder import RUN_FOLDER
 from lightning_modules.teacher import Teacher
 
+OF_THIS_RUN = (
+    RUN_FOLDER,
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("WANDB_RUN_ID", "WANDB_RESUME"),
+)
+"""Of the environment, what another run must not be told."""
 TIMES = 20
 """Forward passes of which the latency is the median."""
 
@@ -41,11 +48,13 @@ class Comparison(Callback):
         module.load_teachers()
         networks = {teacher.folder: teacher.network for teacher in module.teachers} | {"student": module.network.eval()}
         milliseconds = latencies(trainer, module, networks)
-        if self.control and trainer.world_size == 1:
-            train_control(trainer, module, folder / "control")
+        if self.control and trainer.world_size == 1 and train_control(trainer, module, folder / "control"):
             control = Teacher(str(folder / "control"), module.auto_class).read()
             networks["without teacher"] = control.to(module.device, module.network.dtype).eval()
             milliseconds["without teacher"] = milliseconds["student"]
+            tokens = json.loads((folder / "control" / "summary.json").read_text())["tokens"]
+            if tokens != int(module.tokens):  # EarlyStopping acts in each by itself
+                print(f"note: it stopped at {tokens:,} tokens, the student at {int(module.tokens):,}", file=sys.stderr)
         found = {
             name: measured(trainer, module, network) | {"milliseconds": milliseconds[name]}
             for name, network in networks.items()
@@ -59,20 +68,20 @@ class Comparison(Callback):
             more["gap_recovered"] = recovered
             none = "none: the teacher is no better than the student without one"
             print(f"gap recovered: {none if recovered is None else f'{recovered:.1f} %'}\n", flush=True)
-        elif self.control:
+        elif self.control and trainer.world_size > 1:
             print("without a teacher, on one rank: the same command with --model.hard_weight 1\n", flush=True)
         summary = json.loads((folder / "summary.json").read_text())
         (folder / "summary.json").write_text(json.dumps(summary | more, indent=2) + "\n")
 
 
-def train_control(trainer: Trainer, module: Distilled, folder: Path) -> None:
-    """The same run with the text's own loss alone, in a process of its own; one that was interrupted goes on."""
+def train_control(trainer: Trainer, module: Distilled, folder: Path) -> bool:
+    """The same run with the text's own loss alone, in a process of its own; one that was interrupted goes on. Returns
+    whether it came to its end."""
     flags = {
         "config": Path(trainer.default_root_dir) / "config.yaml",
         "model.teacher": json.dumps([teacher.folder for teacher in module.teachers]),
         "model.hard_weight": 1,
-        "model.max_tokens": int(module.tokens),
-        "trainer.max_steps": -1,
+        "trainer.max_steps": trainer.global_step,
         "trainer.max_epochs": -1,
         "trainer.max_time": "null",
         "trainer.default_root_dir": folder,
@@ -81,13 +90,20 @@ def train_control(trainer: Trainer, module: Distilled, folder: Path) -> None:
     }
     folder.mkdir(exist_ok=True)
     print(f"training the student without a teacher on the same {int(module.tokens):,} tokens", file=sys.stderr)
-    environment = {name: value for name, value in os.environ.items() if name != RUN_FOLDER}
+    environment = {name: value for name, value in os.environ.items() if name not in OF_THIS_RUN}
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    words += [f"--allow_import={name}" for name in take_flag("--allow_import", sys.argv[1:])[1]]
     with (folder / "log").open("a") as log:
-        command = [sys.executable, sys.argv[0], "fit", *[f"--{name}={value}" for name, value in flags.items()]]
-        ended = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode
-    if ended:
-        last = (folder / "log").read_text().strip().splitlines()[-1]
-        raise ValueError(f"the student without a teacher, {folder}, ended with {ended}: {last}")
+        command = [sys.executable, sys.argv[0], "fit", *words]
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            code = process.wait()
+        finally:
+            process.terminate()  # where this process is told to end
+    if code:
+        last = (folder / "log").read_text().strip().splitlines()[-1:]
+        print(f"warning: it ended with {code}: {' '.join(last)} ({folder / 'log'})", file=sys.stderr)
+    return code == 0
 
 
 @torch.inference_mode()

@@ -58,11 +58,11 @@ class Report(Callback):
             self.validations.append(found)
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
         seconds = self._seconds()
         folder = Path(trainer.default_root_dir)
         restore_best(trainer, module)
+        if not trainer.is_global_zero:
+            return
         summary = self.summary(trainer, module, seconds)
         save_model(folder / "model", module, trainer.datamodule.tokenizer, model_card(summary, trainer, module))
         module.save_beside(folder)
