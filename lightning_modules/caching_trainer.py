@@ -47,6 +47,8 @@ class CachingTrainer(Trainer):
             raise ValueError(
                 f"--exact {exact}, --drawn {drawn}, --temperature {temperature}: pass 1 or more words, T > 0"
             )
+        if rows is not None and rows < 1:
+            raise ValueError(f"--rows is {rows}; pass 1 or more, or leave it out for all")
         if len(model.teachers) > 1:
             raise ValueError("a cache is of one teacher; write one for each")
         self.datamodule = datamodule

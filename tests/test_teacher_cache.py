@@ -205,6 +205,22 @@ def test_a_worker_that_does_not_find_a_row_says_it_in_one_line(texts, decoder, t
     assert refused(capsys, *given, *endless).startswith(f"error: {cache} does not have row")
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"rows": 0}, "--rows is 0"),
+        ({"scheme": "top_k", "exact": 0}, "--exact 0"),
+        ({"temperature": 0}, "--temperature 0.0"),
+        ({"drawn": 10**6}, "more than the"),
+    ],
+)
+def test_a_cache_that_cannot_be_written_is_one_line(flags, told, texts, decoder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        write(tmp_path / "cache", texts, decoder, **flags)
+    assert stop.value.code == 2 and told in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
 def test_no_cache_is_one_line(texts, decoder, tmp_path, capsys):
     given = flags_of(tmp_path / "run", texts, decoder)
     assert "is no teacher's cache" in refused(capsys, *given, f"--data.teacher_cache={tmp_path}")
