@@ -6,6 +6,7 @@ A run is a process of its own. Those on one rank are forked from one that has im
 
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -21,7 +22,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_modules import checkpoint_io
-from lightning_modules.callbacks.recovery import STEPS_DONE, steps_done
+from lightning_modules.callbacks.recovery import steps_done
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "pretrain.py"
@@ -103,17 +104,18 @@ def command(
 
 
 def killed_until_done(argv: list[str], folder: Path, rng: random.Random, kills: int, longest: float) -> tuple[int, int]:
-    """Starts the same command again and again, kills it after up to `longest` seconds `kills` times, then lets it end.
-    Every other time up to 0.08 seconds after its first step, however slow the machine is.
+    """Starts the same command again and again, kills it when it is 2 to 6 steps further than ever, `kills` times, then
+    lets it end. Every other time after up to `longest` seconds, if that comes first.
     Returns how many of the kills met a living process, and how often it went on from a checkpoint."""
-    met, log, done = 0, folder / "log", folder / "checkpoints" / STEPS_DONE
+    met, log, furthest = 0, folder / "log", 0
     for i in range(kills):
         process = forked(argv, log)
-        before = done.read_bytes() if done.exists() else b""
-        while i % 2 and process.is_alive() and (not done.exists() or done.read_bytes() in (before, b"")):
-            time.sleep(0.005)
-        process.join(rng.uniform(0, 0.08 if i % 2 else longest))
+        goal = furthest + rng.randint(2, 6)
+        deadline = time.monotonic() + (math.inf if i % 2 else rng.uniform(0, longest))
+        while process.is_alive() and steps_done(folder / "checkpoints") < goal and time.monotonic() < deadline:
+            time.sleep(0.001)
         met += process.is_alive()
+        furthest = max(furthest, steps_done(folder / "checkpoints"))
         process.kill()
         process.join()
     process = forked(argv, log)
