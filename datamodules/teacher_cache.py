@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from datamodules.base import Batch
+from datamodules.packed_ids import bytes_of, pack, unpack
 from datamodules.rows import Rows
 from datamodules.sources import ContentHashes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROWS_OF_A_SHARD = 512
 CHOSEN = ("scheme", "exact", "drawn", "temperature", "rows")
 """Of the header, what the user says; all else follows from text and teacher."""
@@ -61,7 +62,7 @@ class About:
     @property
     def record(self) -> np.dtype:
         """Of a token."""
-        fields = [("ids", np.uint16 if self.words <= 1 << 16 else np.uint32, (self.exact + self.drawn,))]
+        fields = [("ids", np.uint8, (bytes_of(self.exact + self.drawn, self.words),))]
         if self.exact:
             fields += [("shares", np.float16, (self.exact,)), ("tail", np.float16)]
         if self.drawn:
@@ -78,7 +79,7 @@ class About:
 
 
 Kept = Callable[[Batch, About, int], dict[str, np.ndarray]]
-"""Of a batch, with a seed for what is drawn: the fields of `About.record` for each label, (B, T, …)."""
+"""Of a batch, with a seed for what is drawn: ids, shares, tail and entropy of each label, (B, T, …)."""
 
 
 class TeacherCache:
@@ -124,6 +125,14 @@ class TeacherCache:
         return decoded(records_BT, about)
 
 
+def encoded(kept: dict[str, np.ndarray], about: About) -> np.ndarray:
+    """Records of what is kept of some tokens, (…)."""
+    records = np.zeros(kept["ids"].shape[:-1], about.record)
+    for name, value in kept.items():
+        records[name] = pack(value, about.words) if name == "ids" else value
+    return records
+
+
 def decoded(records_BT: np.ndarray, about: About) -> dict[str, torch.Tensor]:
     """teacher_ids and teacher_shares (B, T, K), and teacher_tail or teacher_entropy (B, T): see base.py."""
     tail_BT = records_BT["tail"].astype(np.float32) if about.exact else np.ones(records_BT.shape, np.float32)
@@ -134,7 +143,8 @@ def decoded(records_BT: np.ndarray, about: About) -> dict[str, torch.Tensor]:
         shares.append(exact_BTH)
     if about.drawn:
         shares.append(np.repeat((tail_BT / about.drawn)[..., None], about.drawn, -1))
-    found = {"teacher_ids": records_BT["ids"].astype(np.int64), "teacher_shares": np.concatenate(shares, -1)}
+    ids_BTK = unpack(records_BT["ids"], about.words, about.exact + about.drawn)
+    found = {"teacher_ids": ids_BTK, "teacher_shares": np.concatenate(shares, -1)}
     if about.drawn:
         found["teacher_entropy"] = records_BT["entropy"].astype(np.float32)
     else:
@@ -189,10 +199,10 @@ def write_shards(
             records_RT = np.zeros((last - first, about.labels_of_a_row), about.record)
             hashes, done = [], 0
             for batch in batches(first, last):
-                for name, value in kept(batch, about, first + done).items():
-                    records_RT[name][done : done + len(value)] = value
+                rows = slice(done, done + len(batch["rows"]))
+                records_RT[rows] = encoded(kept(batch, about, first + done), about)
                 hashes += row_hashes(batch)
-                done += len(batch["rows"])
+                done = rows.stop
             _save(hashes_file(folder, i), np.array(hashes, np.uint64))
             _save(shard_file(folder, i), records_RT)
         yield last - first

@@ -23,9 +23,9 @@ class CachingTrainer(Trainer):
         model: Distilled,
         datamodule: LightningDataModule,
         folder: str,
-        scheme: Literal["top_k", "sampled", "hybrid"] = "sampled",
-        exact: int = 6,
-        drawn: int = 28,
+        scheme: Literal["top_k", "sampled", "hybrid"] = "hybrid",
+        exact: int = 4,
+        drawn: int = 27,
         temperature: float = 1.0,
         rows: int | None = None,
     ) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.teacher_cache import About, TeacherCache, decoded, is_written, shard_file
+from datamodules.packed_ids import bytes_of, pack, unpack
+from datamodules.teacher_cache import About, TeacherCache, decoded, encoded, is_written, shard_file
 from lightning_modules.distillation_loss import Matching, Sparse, kept_words, linear_distillation
 from lightning_modules.losses import Head
 from tests.distilling import SMALL, fit, flags_of, opened, refused, run
@@ -22,10 +23,8 @@ def about(scheme: str, exact: int, drawn: int) -> About:
 
 def stored(log_p: torch.Tensor, header: About, seed: int) -> Sparse:
     """Through the records of a file and back."""
-    records = np.zeros(len(log_p), header.record)
-    for name, value in kept_words(Head(log_p), V, 1.0, header.exact, header.drawn, seed, chunk_tokens=2).items():
-        records[name] = value.numpy()
-    found = decoded(records[None], header)
+    kept = kept_words(Head(log_p), V, 1.0, header.exact, header.drawn, seed, chunk_tokens=2)
+    found = decoded(encoded({name: value.numpy() for name, value in kept.items()}, header)[None], header)
     return Sparse(*(found.get(f"teacher_{name}", [None])[0] for name in ("ids", "shares", "tail", "entropy")))
 
 
@@ -78,9 +77,19 @@ def test_a_top_of_all_words_but_one_is_the_teacher():
 
 
 def test_a_token_takes_as_many_bytes_as_is_said():
-    assert about("top_k", 12, 0).record.itemsize == 50
-    assert about("sampled", 0, 12).record.itemsize == 26
-    assert about("hybrid", 8, 4).record.itemsize == 44
+    """Of 29 words, an id is five bits."""
+    assert about("top_k", 12, 0).record.itemsize == 8 + 26
+    assert about("sampled", 0, 12).record.itemsize == 8 + 2
+    assert about("hybrid", 8, 4).record.itemsize == 8 + 18 + 2
+
+
+@pytest.mark.parametrize("words", [2, 29, 256, 4096, 50_257, 151_936, 2**24])
+def test_ids_are_packed_into_as_few_bits_as_they_have(words):
+    ids = np.random.default_rng(0).integers(0, words, (3, 5, 7))
+    ids[0, 0, :2] = 0, words - 1
+    packed = pack(ids, words)
+    assert packed.shape == (3, 5, bytes_of(7, words)) and packed.dtype == np.uint8
+    np.testing.assert_array_equal(unpack(packed, words, 7), ids)
 
 
 # On disk
