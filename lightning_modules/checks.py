@@ -244,7 +244,7 @@ def own_teacher(module: Distilled, batch: dict[str, Tensor]) -> Check:
     """The divergence of the teacher from itself, by the loss of the run."""
     module.load_teachers()
     head, labels_N = module.teachers[0].head(partial(module.read, batch)), batch["labels"].flatten()
-    _, _, value = linear_distillation(head, [head], labels_N, module.matching(), words=module.vocabulary)
+    _, _, value = linear_distillation(head, [head], labels_N, module.weights().matching, words=module.vocabulary)
     figure = abs(float(value)) / max(1, int((labels_N != IGNORED).sum()))
     return at_most("a student like its teacher", "divergence in nats per token", figure, 1e-5)
 

@@ -3,6 +3,7 @@
 Shape suffixes: B rows, T positions, N tokens.
 """
 
+import math
 from functools import partial
 from typing import Protocol
 
@@ -10,21 +11,19 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from lightning_modules.architectures import build, fit_config
 from lightning_modules.distillation_loss import Matching, Sparse, kept_words, linear_distillation
-from lightning_modules.divergences import Divergence
+from lightning_modules.inner_signals import Seen, seen_by, up_to_last_label
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.losses import IGNORED, Head
 from lightning_modules.model_folder import newest_pretraining
+from lightning_modules.on_policy import write
 from lightning_modules.pretrain import CausalLM, MaskedLM, SpanDenoising
-from lightning_modules.scheduled_step import require_same
 from lightning_modules.student import PartOfTeacher
+from lightning_modules.taught import Target, Taught
 from lightning_modules.teacher import Teacher
-
-Ramp = float | list[float]
-"""A number, or two: from the first at the beginning of the run straight to the second at its end."""
 
 
 class KeptAs(Protocol):
@@ -36,66 +35,44 @@ class KeptAs(Protocol):
     drawn: int
 
 
-class Distilled(LanguageModule):
-    """A student that learns what a teacher makes of the same text.
+class Distilled(Taught, LanguageModule):
+    """A student of a language model.
 
     Args:
-        teacher: A run's folder, a model's folder or a Hub name; several count by the mean of their probabilities. Left
-            out: the newest pretraining in runs/ with such a head.
         student: A transformers config by name, for new weights; a folder or Hub name, to go on from; or some of the
             teacher's layers, as {teacher_layers: [0, 2]}.
-        divergence: What is minimised between the teacher's distribution p and the student's q: forward_kl is KL(p ‖ q).
-        temperature: Divides both models' logits; two numbers go from the first to the second over the run.
-        hard_weight: Share of the cross-entropy of the text itself in the objective; 1 is training without a teacher.
-        beta: Of jsd, from 0 (forward_kl) to 1 (reverse_kl).
-        alpha: Of the skewed divergences: share of the one distribution that is mixed into the other.
     """
 
-    more_sums = ("divergence",)
-
-    def __init__(
-        self,
-        *,
-        student: PreTrainedConfig | PartOfTeacher | str,
-        teacher: str | list[str] | None = None,
-        divergence: Divergence = "forward_kl",
-        temperature: Ramp = 1.0,
-        hard_weight: Ramp = 0.0,
-        beta: float = 0.5,
-        alpha: float = 0.1,
-        **settings: object,
-    ):
+    def __init__(self, *, student: PreTrainedConfig | PartOfTeacher | str, **settings: object):
+        self.student = student
         super().__init__(architecture=student if isinstance(student, PreTrainedConfig) else None, **settings)
         if self.label_smoothing or self.z_loss:
             raise ValueError("--model.label_smoothing and --model.z_loss change what a teacher says; leave them out")
-        _require_range("temperature", temperature, 1e-3, 1e3)
-        _require_range("hard_weight", hard_weight, 0.0, 1.0)
-        _require_range("beta", beta, 0.0, 1.0)
-        _require_range("alpha", alpha, 0.0, 0.99)
-        names = teacher if isinstance(teacher, list) else [teacher or default_teacher(self.auto_class)]
-        if not names or None in names:
-            raise ValueError("no pretraining in runs/ could be the teacher; pass a folder by --model.teacher")
-        self.teachers = [Teacher(name, self.auto_class) for name in names]
-        self.start = self.teachers[0].folder
-        self.student = Teacher(student, self.auto_class, "--model.student") if isinstance(student, str) else student
-        self.divergence: Divergence = divergence
-        self.temperature, self.hard_weight = temperature, hard_weight
-        self.beta, self.alpha = beta, alpha
-        self._matching: tuple[int, Matching] | None = None
+        if isinstance(student, str):
+            self.student = Teacher(student, self.auto_class, "--model.student")
+        if self.on_policy is not None and self.objective != "causal":
+            raise ValueError(f"--model.on_policy is for what writes on, not for {type(self).__name__}; leave it out")
 
     # The networks
 
+    @property
+    def student_folder(self) -> str | None:
+        return self.student if isinstance(self.student, str) else None
+
+    def default_teacher(self) -> str | None:
+        return default_teacher(self.auto_class)
+
+    @property
+    def asks_teachers(self) -> bool:
+        return self.learns_from_teachers and self.trainer.datamodule.teacher_cache is None
+
     def new_network(self) -> PreTrainedModel:
         data = self.trainer.datamodule
-        for model in (*self.teachers, self.student):
-            if isinstance(model, Teacher):
-                model.require_fit(data)
         self._require_cache(data)
-        if self.learns_from_teachers and data.teacher_cache is None:
-            self.load_teachers()
         if isinstance(self.student, PreTrainedConfig):
             return super().new_network()
         if isinstance(self.student, Teacher):
+            self.student.require_fit(data)
             self.architecture = self.student.config
             return self.student.read()
         self.architecture = self.student.config(self.teachers[0].config)
@@ -111,16 +88,14 @@ class Distilled(LanguageModule):
         """Ids that count, of both models."""
         return self.trainer.datamodule.vocab_size
 
-    def load_teachers(self) -> None:
-        for teacher in self.teachers:
-            if teacher.network is None:
-                teacher.load(self.trainer.strategy.root_device)
-
     def _require_cache(self, data: LightningDataModule) -> None:
         """Raises ValueError where what is asked for does not follow from the cache."""
         if data.teacher_cache is None:
             return
         about = data.teacher_cache.about
+        if self.inner is not None or self.on_policy is not None:
+            asked = "--model.inner" if self.inner is not None else "--model.on_policy"
+            raise ValueError(f"{asked} needs the teacher itself at each step; leave --data.teacher_cache out")
         if len(self.teachers) > 1 or self.divergence != "forward_kl":
             what = "several teachers" if len(self.teachers) > 1 else self.divergence
             raise ValueError(f"--data.teacher_cache serves forward_kl of one teacher, not {what}; leave the cache out")
@@ -155,31 +130,67 @@ class Distilled(LanguageModule):
                 f"the teacher's cache has {rows:,} rows, and this run reads {needed:,}; write it with --rows {needed}"
             )
 
-    @property
-    def learns_from_teachers(self) -> bool:
-        return self.hard_weight != 1.0
-
     # The loss
 
-    def training_loss(self, batch: dict[str, Tensor], divisor: float) -> tuple[Tensor, ...]:
-        if not self.learns_from_teachers:
-            objective, nats, count = self.loss(batch, divisor)
-            return objective, nats, count, torch.zeros_like(nats)
+    def student_head(self, batch: dict[str, Tensor]) -> Head:
+        head = self.token_loss.head(partial(self.network, **self.inputs(batch)))
+        return head.rows(batch["labels"].flatten() != IGNORED) if self.keep_only_labels else head
+
+    def teacher_head(self, batch: dict[str, Tensor], teacher: Teacher) -> Head:
+        head = teacher.head(partial(self.read, batch))
+        return head.rows(batch["labels"].flatten() != IGNORED) if self.keep_only_labels else head
+
+    def labels(self, batch: dict[str, Tensor]) -> Tensor:
         labels_N = batch["labels"].flatten()
-        keep_N = labels_N != IGNORED
-        count = keep_N.sum()
-        student = self.token_loss.head(partial(self.network, **self.inputs(batch)))
-        if "teacher_ids" in batch:
-            parts = [batch.get(f"teacher_{name}") for name in ("ids", "shares", "tail", "entropy")]
-            target = Sparse(*(None if part is None else part.flatten(0, 1) for part in parts))
-        else:
-            target = [teacher.head(partial(self.read, batch)) for teacher in self.teachers]
-        if self.keep_only_labels:
-            student, labels_N = student.rows(keep_N), labels_N[keep_N]
-            target = target.rows(keep_N) if isinstance(target, Sparse) else [head.rows(keep_N) for head in target]
-        settings = {"words": self.vocabulary, "divisor": divisor}
-        objective, nats, divergence = linear_distillation(student, target, labels_N, self.matching(), **settings)
-        return objective, nats, count, divergence
+        return labels_N[labels_N != IGNORED] if self.keep_only_labels else labels_N
+
+    def label_count(self, batch: dict[str, Tensor]) -> Tensor:
+        return (batch["labels"] != IGNORED).sum()
+
+    def targets(self, batch: dict[str, Tensor]) -> Target:
+        if "teacher_ids" not in batch:
+            return super().targets(batch)
+        parts = [batch.get(f"teacher_{name}") for name in ("ids", "shares", "tail", "entropy")]
+        target = Sparse(*(None if part is None else part.flatten(0, 1) for part in parts))
+        return target.rows(batch["labels"].flatten() != IGNORED) if self.keep_only_labels else target
+
+    def seen(self, batch: dict[str, Tensor]) -> dict[str, Seen]:
+        ids_BT, labels = batch["input_ids"], batch["labels"]
+        count_B = (labels != IGNORED).sum(-1)
+        is_read_BT = batch.get("attention_mask", torch.ones_like(ids_BT)).bool()
+        positions_BT = batch.get("position_ids")
+        if self.objective == "causal":
+            return {"layers": seen_by(up_to_last_label(labels), count_B, True, positions_BT)}
+        if self.objective == "masked":
+            return {"layers": seen_by(is_read_BT, count_B, False, positions_BT)}
+        written = seen_by(up_to_last_label(labels), count_B, True)
+        return {"encoder": seen_by(is_read_BT, count_B, False, positions_BT), "decoder": written}
+
+    @torch.no_grad()
+    def written(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The first part of a row is the text's, and carries no loss; the rest is the student's."""
+        ids_BT, labels_BT, T = batch["input_ids"], batch["labels"], batch["input_ids"].shape[1]
+        prompt = self.on_policy.prompt_tokens or max(1, T // 4)
+        numbers_BU = self.on_policy.numbers(self.seed, batch["rows"], T + 1 - prompt).to(ids_BT.device)
+        is_own_B = (numbers_BU[:, 0] < self.on_policy.share) & (labels_BT != IGNORED).all(-1)
+        own_B = is_own_B.nonzero()[:, 0]
+        if not len(own_B):
+            return batch, None
+        settings = GenerationConfig(
+            max_new_tokens=T + 1 - prompt,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=0,
+            eos_token_id=None,  # a row goes on with the next document
+            temperature=self.on_policy.temperature,
+        )
+        prompts = {"input_ids": ids_BT[own_B, :prompt]}
+        own_bT = write(self.network, prompts, numbers_BU[own_B, 1:], self.vocabulary, settings)
+        labels_bT = own_bT[:, 1:].clone()
+        labels_bT[:, : prompt - 1] = IGNORED
+        changed = {"input_ids": ids_BT.index_copy(0, own_B, own_bT[:, :-1])}
+        changed["labels"] = labels_BT.index_copy(0, own_B, labels_bT)
+        return batch | changed, is_own_B[:, None].expand(-1, T).flatten()
 
     @torch.no_grad()
     def kept_words(self, batch: dict[str, Tensor], about: KeptAs, seed: int) -> dict[str, np.ndarray]:
@@ -195,14 +206,6 @@ class Distilled(LanguageModule):
         """What another network than the student makes of a batch."""
         return network(**self.inputs_of(batch, network.config))
 
-    def matching(self) -> Matching:
-        """At this place of the run, the same for all micro-batches of a step."""
-        step = self.trainer.global_step
-        if self._matching is None or self._matching[0] != step:
-            at = [_at(value, self.progress()) for value in (self.temperature, self.hard_weight)]
-            self._matching = step, Matching(self.divergence, *at, self.beta, self.alpha)
-        return self._matching[1]
-
     @torch.no_grad()
     def compared(self, batch: dict[str, Tensor], network: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sums over a batch: nats of a network, its KL from the first teacher, labels, and their UTF-8 bytes."""
@@ -215,51 +218,27 @@ class Distilled(LanguageModule):
         _, nats, kl = linear_distillation(student, [teacher], labels_N, Matching(), words=self.vocabulary)
         return nats, kl, keep_N.sum(), self.token_bytes.to(labels_N.device)[labels_N].sum()
 
-    # Checkpoints
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["distillation"] = self.settings()
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        there, here = checkpoint.get("distillation"), self.settings()
-        if there is None:
-            raise ValueError("the checkpoint is of another recipe; resume it with the script that made it")
-        require_same(there, here)
-        super().on_load_checkpoint(checkpoint)
-
-    def settings(self) -> dict[str, object]:
-        """What a run that goes on has to share with its beginning."""
-        names = ("divergence", "temperature", "hard_weight", "beta", "alpha")
-        cache = self.trainer.datamodule.teacher_cache
-        of_cache = "none" if cache is None else cache.about.of_words
-        return {"weights of the teachers": [teacher.digest for teacher in self.teachers], "cache": of_cache} | {
-            name: getattr(self, name) for name in names
-        }
+    @torch.inference_mode()
+    def judged(self, network: PreTrainedModel) -> dict[str, float]:
+        """Loss on the held-out text, and divergence from the first teacher there."""
+        strategy, sums = self.trainer.strategy, torch.zeros(4, dtype=torch.float64, device=self.device)
+        for batch in self.trainer.datamodule.val_dataloader():
+            sums += torch.stack([part.double() for part in self.compared(strategy.batch_to_device(batch), network)])
+        nats, divergence, tokens, utf8_bytes = (float(value) for value in strategy.reduce(sums, reduce_op="sum"))
+        per_byte = nats / utf8_bytes / math.log(2)
+        return {"nats": nats / tokens, "bits_per_byte": per_byte, "kl_to_teacher": divergence / tokens}
 
     # What it is, in words
 
-    def about(self) -> dict[str, object]:
-        if not self.learns_from_teachers:
-            return {"teachers": []}
-        return {"teachers": [teacher.folder for teacher in self.teachers]} | self.settings()
-
-    def plan(self) -> dict[str, str]:
-        if not self.learns_from_teachers:
-            return {"teacher": "none, for comparison"}
-        how = f"{self.divergence} at temperature {self.temperature}, {self.hard_weight} of the text's own loss"
+    def settings(self) -> dict[str, object]:
         cache = self.trainer.datamodule.teacher_cache
-        if cache is not None:
-            about = cache.about
-            return {
-                "teacher": f"{cache.folder}: {about.of_words}, {about.bytes_of_a_token:.1f} bytes a token",
-                "matched": how,
-            }
-        return {"teacher": ", ".join(teacher.describe() for teacher in self.teachers), "matched": how}
+        return super().settings() | {"cache": "none" if cache is None else cache.about.of_words}
 
-    def made_from(self, data: LightningDataModule) -> str:
-        teachers = ", ".join(teacher.folder for teacher in self.teachers)
-        return f"{super().made_from(data)} Teacher: {teachers}."
+    def describe_teachers(self) -> str:
+        cache = self.trainer.datamodule.teacher_cache
+        if cache is None:
+            return super().describe_teachers()
+        return f"{cache.folder}: {cache.about.of_words}, {cache.about.bytes_of_a_token:.1f} bytes a token"
 
 
 class CausalDistillation(Distilled, CausalLM):
@@ -282,16 +261,3 @@ def default_teacher(auto_class: type) -> str | None:
         return found is not None and found.__name__ in (config.architectures or ())
 
     return newest_pretraining(fits, distilled=False)
-
-
-def _require_range(name: str, value: Ramp, low: float, high: float) -> None:
-    values = value if isinstance(value, list) else [value]
-    if len(values) not in (1, 2) or not all(low <= number <= high for number in values):
-        raise ValueError(f"--model.{name} is {value}; pass a number from {low:g} to {high:g}, or two to go between")
-
-
-def _at(value: Ramp, place: float) -> float:
-    """Of a number or a pair, `place` (0 to 1) of the way."""
-    if not isinstance(value, list):
-        return value
-    return value[0] + (value[-1] - value[0]) * place

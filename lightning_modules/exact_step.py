@@ -60,7 +60,7 @@ class ExactStep(LightningModule):
         checkpoint["tokens"] = int(self.tokens)
         checkpoint["rows_per_micro_step"] = self.trainer.datamodule.rows_per_micro_step
         if self._sums is not None:
-            gradients = {name: p.grad for name, p in self.network.named_parameters() if p.grad is not None}
+            gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
             gathered = self.all_gather(gradients | {"sums": self._sums})
             if self.trainer.world_size == 1:
                 gathered = {name: value[None] for name, value in gathered.items()}
@@ -89,7 +89,7 @@ class ExactStep(LightningModule):
             so_far = {name: value.sum(0, keepdim=True) for name, value in so_far.items()}
         if mine < len(so_far["sums"]):
             self._sums = so_far["sums"][mine].to(self.device)
-            for name, parameter in self.network.named_parameters():
+            for name, parameter in self.named_parameters():
                 if name in so_far:
                     parameter.grad = so_far[name][mine].to(parameter)
 
@@ -209,7 +209,7 @@ class ExactStep(LightningModule):
         finite."""
         if self._parameters_in_order is None:
             # Walking through all modules at each step takes as long as a small model's optimizer.
-            self._parameters_in_order = list(self.network.parameters())
+            self._parameters_in_order = list(self.parameters())
         self._stepped = [p for p in self._parameters_in_order if p.grad is not None]
         gradients = [p.grad for p in self._stepped]
         pieces = [piece for gradient in gradients for piece in in_pieces(gradient)]

@@ -117,8 +117,12 @@ class ScheduledStep(ExactStep):
     def on_fit_start(self) -> None:
         self.flops_per_token = flops_per_token(self.network, self.trainer.datamodule.seq_len)
 
+    def trained_groups(self) -> list[dict]:
+        """Of the optimizer."""
+        return parameter_groups(self.network)
+
     def configure_optimizers(self) -> dict:
-        groups = parameter_groups(self.network)
+        groups = self.trained_groups()
         optimizer = Float32Master(groups, self.optimizer) if self.low_precision else self.optimizer(groups)
         scheduler = LRsOfTheStart(optimizer, lambda step: self.schedule.factor(step, self.progress()))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

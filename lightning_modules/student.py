@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-LAYER = re.compile(r"\.(layers|layer|h|block)\.(\d+)\.")
+from lightning_modules.activations import LAYER
+
 DEPTHS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 """Fields of configs that count layers; an encoder-decoder has two."""
 FUSED = re.compile(r"\.(c_attn|query_key_value|Wqkv|qkv_proj|Wi|gate_up_proj)\.")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import LightningDataModule
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
@@ -80,7 +81,6 @@ class Teacher:
             self.network.bfloat16()
             if device.type == "cpu":
                 self.kernels = cpu_kernels.install(self.network)
-        self._token_loss = TokenLoss(self.network)
 
     @cached_property
     def digest(self) -> str:
@@ -101,16 +101,26 @@ class Teacher:
 
     @torch.no_grad()
     def _cost_of_bf16(self) -> float:
-        """KL of its distribution in float32 to that in bf16, a mean over some tokens."""
+        """KL of its distributions in float32 to those in bf16, a mean over some tokens; of a number the distance."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(self.config.vocab_size, (1, min(64, self.positions or 64)), generator=generator)
         ids = ids.to(self.network.device)
         inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if self.config.is_encoder_decoder else {})
         rounded_network = copy.deepcopy(self.network).bfloat16()
-        exact, rounded = (
-            network(**inputs).logits.float().log_softmax(-1) for network in (self.network, rounded_network)
-        )
+        exact, rounded = (log_shares(network(**inputs)) for network in (self.network, rounded_network))
+        if exact.shape[-1] == 1:
+            return float((exact - rounded).abs().mean())
         return float((exact.exp() * (exact - rounded)).sum(-1).mean())
+
+    @cached_property
+    def _token_loss(self) -> TokenLoss:
+        return TokenLoss(self.network)
+
+    @torch.no_grad()
+    def asked(self, read: Callable[[PreTrainedModel], Tensor]) -> Tensor:
+        """What its network makes of something, in its own precision whatever the student's is."""
+        with torch.autocast(self.network.device.type, enabled=False):
+            return read(self.network)
 
     @torch.no_grad()
     def head(self, forward: Callable[[PreTrainedModel], ModelOutput]) -> Head:
@@ -123,3 +133,11 @@ class Teacher:
         dtype = str(self.network.dtype).removeprefix("torch.")
         cost = "" if self.bf16_nats is None else f" (bf16 moves it by {self.bf16_nats:.0e} nats per token)"
         return f"{self.folder}: {type(self.config).__name__}, {parameters:,} parameters, {dtype}{cost}"
+
+
+def log_shares(output: ModelOutput) -> Tensor:
+    """Log-probabilities, whatever the head is; a single number stays what it is."""
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits]).float().log_softmax(-1)
+    logits = output.logits.float()
+    return logits if logits.shape[-1] == 1 else logits.log_softmax(-1)

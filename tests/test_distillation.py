@@ -71,11 +71,11 @@ def test_without_its_weight_a_teacher_changes_nothing(texts, decoder):
 
 def test_two_numbers_go_from_one_to_the_other_over_the_run(texts, decoder):
     module, _ = opened(texts, decoder, temperature=[4.0, 1.0], hard_weight=[0.0, 1.0])
-    first = module.matching()
+    first = module.weights().matching
     assert first.temperature == pytest.approx(4 - 3 * 0.05) and first.hard_weight == pytest.approx(0.05)
     module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = 9
     module.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = 9
-    last = module.matching()
+    last = module.weights().matching
     assert last.temperature == pytest.approx(4 - 3 * 0.95) and last.hard_weight == pytest.approx(0.95)
 
 

@@ -1,7 +1,6 @@
 """What a teacher was good for: the table that a distillation ends with."""
 
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -17,8 +16,8 @@ from transformers import PreTrainedModel
 
 from lightning_modules.architectures import parameter_count
 from lightning_modules.command_line import take_flag
-from lightning_modules.distillation import Distilled
 from lightning_modules.run_folder import RUN_FOLDER
+from lightning_modules.taught import Taught
 from lightning_modules.teacher import Teacher
 
 OF_THIS_RUN = (
@@ -56,7 +55,7 @@ class Comparison(Callback):
             if tokens != int(module.tokens):  # EarlyStopping acts in each by itself
                 print(f"note: it stopped at {tokens:,} tokens, the student at {int(module.tokens):,}", file=sys.stderr)
         found = {
-            name: measured(trainer, module, network) | {"milliseconds": milliseconds[name]}
+            name: module.judged(network) | {"parameters": parameter_count(network), "milliseconds": milliseconds[name]}
             for name, network in networks.items()
         }
         if not trainer.is_global_zero:
@@ -74,7 +73,7 @@ class Comparison(Callback):
         (folder / "summary.json").write_text(json.dumps(summary | more, indent=2) + "\n")
 
 
-def train_control(trainer: Trainer, module: Distilled, folder: Path) -> bool:
+def train_control(trainer: Trainer, module: Taught, folder: Path) -> bool:
     """The same run with the text's own loss alone, in a process of its own; one that was interrupted goes on. Returns
     whether it came to its end."""
     flags = {
@@ -107,24 +106,7 @@ def train_control(trainer: Trainer, module: Distilled, folder: Path) -> bool:
 
 
 @torch.inference_mode()
-def measured(trainer: Trainer, module: Distilled, network: PreTrainedModel) -> dict[str, float]:
-    """Loss on the held-out text, and divergence from the first teacher there."""
-    sums = torch.zeros(4, dtype=torch.float64, device=module.device)
-    for batch in trainer.datamodule.val_dataloader():
-        sums += torch.stack(
-            [part.double() for part in module.compared(trainer.strategy.batch_to_device(batch), network)]
-        )
-    nats, divergence, tokens, utf8_bytes = (float(value) for value in trainer.strategy.reduce(sums, reduce_op="sum"))
-    return {
-        "nats": nats / tokens,
-        "bits_per_byte": nats / utf8_bytes / math.log(2),
-        "kl_to_teacher": divergence / tokens,
-        "parameters": parameter_count(network),
-    }
-
-
-@torch.inference_mode()
-def latencies(trainer: Trainer, module: Distilled, networks: dict[str, PreTrainedModel]) -> dict[str, float]:
+def latencies(trainer: Trainer, module: Taught, networks: dict[str, PreTrainedModel]) -> dict[str, float]:
     """Median milliseconds of a forward pass of one row, the models in turns."""
     batch = trainer.strategy.batch_to_device(next(iter(trainer.datamodule.val_dataloader())))
     row = {name: value[:1] for name, value in batch.items()}
