@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ Numbered = tuple[str, Record]
 """An example, and where it stands: "file:row"."""
 
 
-class Examples(Ordered, ABC):
+class Examples(Ordered):
     """A subclass says what its rows are, what they become, and what a batch of them is.
 
     Args:

@@ -1,6 +1,6 @@
 """What every datamodule shares: the place in the order of training, which a checkpoint holds as a number of rows."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +10,7 @@ from datamodules.base import Batch
 from datamodules.row_order import TrainingOrder, consumed_after
 
 
-class Ordered(LightningDataModule):
+class Ordered(LightningDataModule, ABC):
     """A subclass has rows, numbered through all of training, and says what their order depends on."""
 
     batch_size: int

@@ -38,7 +38,6 @@ from lightning_modules.callbacks.speed import Speed
 from lightning_modules.callbacks.watchdog import Watchdog
 from lightning_modules.checkpoint_io import CheckpointFiles
 from lightning_modules.command_line import OneLineParser, one_line_errors, take_flag, unbreakable_output
-from lightning_modules.distillation import Distilled, default_teacher
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.precision import BF16Weights
 from lightning_modules.redaction import redacted
@@ -46,6 +45,7 @@ from lightning_modules.restarts import join_after_restart
 from lightning_modules.run_folder import find_checkpoint, no_empty_run_folder, require_new, run_folder
 from lightning_modules.schedules import Schedule
 from lightning_modules.student import PartOfTeacher
+from lightning_modules.taught import Taught
 
 IMPORTABLE = (
     "lightning_modules",
@@ -162,9 +162,12 @@ class RecipeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"model": {"class_path": f"{self.default_model.__module__}.{self.default_model.__name__}"}})
         if issubclass(self.default_model, LanguageModule):
-            parser.link_arguments("model", "data.objective", compute_fn=_objective)
             parser.add_lightning_class_args(Samples, "samples")
-        if issubclass(self.default_model, Distilled):
+            if self.subclass_mode_data:
+                parser.set_defaults({"data": {"class_path": "datamodules.text.Text"}})
+            else:
+                parser.link_arguments("model", "data.objective", compute_fn=_objective)
+        if issubclass(self.default_model, Taught):
             parser.add_lightning_class_args(Comparison, "comparison")
         parser.add_lightning_class_args(Recovery, "recovery")
         parser.add_lightning_class_args(Guard, "guard")
@@ -197,10 +200,12 @@ class RecipeCLI(LightningCLI):
         if isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch == 1:
             # Steps counted on through epochs: text of fewer batches than the interval is trained on, too.
             trainer.check_val_every_n_epoch = None
-        if issubclass(self.default_model, Distilled):
-            model = self.config[self.subcommand].model
+        if issubclass(self.default_model, Taught):
+            model, data = self.config[self.subcommand].model, self.config[self.subcommand].data
             if model.init_args.teacher is None:  # by name, so that the saved config is this run again
-                model.init_args.teacher = default_teacher(_class_of(model).auto_class)
+                model.init_args.teacher = _class_of(model).default_teacher()
+            if "objective" in data.init_args:
+                data.init_args.objective = _objective(model)
         if self.subcommand == "fit":
             trainer.default_root_dir = str(run_folder(self.recipe, trainer.default_root_dir))
 
@@ -240,7 +245,9 @@ class RecipeCLI(LightningCLI):
             if self.subcommand == "fit" and isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         own = [Predictions()] if self.subcommand == "predict" else []
-        if self.subcommand != "predict" and not issubclass(self.default_model, LanguageModule):
+        if self.subcommand != "predict" and (
+            not issubclass(self.default_model, LanguageModule) or issubclass(self.default_model, Taught)
+        ):
             own = [HeldOutPredictions()]
         settings["callbacks"] = [*(self._get(self.config_init, "trainer")["callbacks"] or []), *own]
         trainer = super().instantiate_trainer(**settings)
@@ -289,7 +296,7 @@ def main(
         from lightning_modules.verify import verify
 
         quiet = ["--samples.max_new_tokens=0"] if issubclass(default_model, LanguageModule) else []
-        quiet += ["--comparison.control=false"] if issubclass(default_model, Distilled) else []
+        quiet += ["--comparison.control=false"] if issubclass(default_model, Taught) else []
         verify(script, words[1:], quiet)
     if words[:1] == ["replay"] and issubclass(default_model, LanguageModule):
         from lightning_modules.replay import replay

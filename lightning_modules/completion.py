@@ -71,8 +71,8 @@ class Completion(FineTune):
         if prompt_tokens is not None:
             if not prompt_tokens or (isinstance(prompt_tokens, int) and prompt_tokens < 0):
                 raise ValueError(f"--model.prompt_tokens is {prompt_tokens!r}; pass 1 or more, or a text")
-            if self.start is None or self.adapter is not None:
-                other = "new weights" if self.start is None else "--model.adapter"
+            if self.origin is None or self.adapter is not None:
+                other = "new weights" if self.origin is None else "--model.adapter"
                 raise ValueError(f"--model.prompt_tokens teaches a pretrained model as it is: not with {other}")
         self.prompt_tokens = prompt_tokens
         self.validation = LanguageModelLoss()
@@ -139,12 +139,12 @@ class Completion(FineTune):
         put_before(network, prompt_P)
         self.shift = 0 if self.encodes_apart else len(prompt_P)
 
-    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor | bool]:
-        """What the network reads of a batch, but for a prompt."""
+    def inputs(self, batch: dict[str, Tensor], config: PreTrainedConfig | None = None) -> dict[str, Tensor | bool]:
+        """What a network reads of a batch, but for a prompt; of another config than the module's own, if one is given."""
         if not self.encodes_apart:
             # Padding stands behind all that counts, where a decoder never looks: no mask, and the fast attention.
             return {"input_ids": batch["input_ids"], "use_cache": False}
-        config = self.plain_network.config
+        config = config or self.plain_network.config
         shifted_BU = shifted_right(batch["labels"], config.decoder_start_token_id, config.pad_token_id)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return inputs | {"decoder_input_ids": shifted_BU, "use_cache": False}
@@ -155,8 +155,10 @@ class Completion(FineTune):
 
     def logits(self, batch: dict[str, Tensor], network: PreTrainedModel | None = None) -> Tensor:
         """(B, T, V), of an encoder-decoder (B, U, V); of another network than the module's own, if one is given."""
-        inputs = self.inputs(batch)
-        found = self.plain_network(**self.prompted(inputs)) if network is None else network(**inputs)
+        if network is None:
+            found = self.plain_network(**self.prompted(self.inputs(batch)))
+        else:
+            found = network(**self.inputs(batch, network.config))
         return found.logits[:, self.shift :].float()
 
     def prompted(self, inputs: dict[str, Tensor | bool]) -> dict[str, Tensor | bool]:
@@ -264,7 +266,7 @@ class Completion(FineTune):
             return super().opened(folder)
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(self.auto_class.from_pretrained(self.start), folder)
+        return PeftModel.from_pretrained(self.auto_class.from_pretrained(self.origin), folder)
 
     def next_command(self, model: str, data: LightningDataModule) -> str:
         """For the terminal; `model` is quoted."""

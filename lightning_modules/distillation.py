@@ -59,8 +59,15 @@ class Distilled(Taught, LanguageModule):
     def student_folder(self) -> str | None:
         return self.student if isinstance(self.student, str) else None
 
-    def default_teacher(self) -> str | None:
-        return default_teacher(self.auto_class)
+    @classmethod
+    def default_teacher(cls) -> str | None:
+        """The newest pretraining in runs/ that no teacher taught."""
+
+        def fits(config: PreTrainedConfig) -> bool:
+            found = cls.auto_class._model_mapping.get(type(config), None)
+            return found is not None and found.__name__ in (config.architectures or ())
+
+        return newest_pretraining(fits, distilled=False)
 
     @property
     def asks_teachers(self) -> bool:
@@ -251,13 +258,3 @@ class MaskedDistillation(Distilled, MaskedLM):
 
 class DenoisingDistillation(Distilled, SpanDenoising):
     """Of an encoder-decoder: every token of the spans that were cut out."""
-
-
-def default_teacher(auto_class: type) -> str | None:
-    """The newest pretraining in runs/ that no teacher taught."""
-
-    def fits(config: PreTrainedConfig) -> bool:
-        found = auto_class._model_mapping.get(type(config), None)
-        return found is not None and found.__name__ in (config.architectures or ())
-
-    return newest_pretraining(fits, distilled=False)

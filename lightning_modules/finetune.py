@@ -69,10 +69,10 @@ class FineTune(ScheduledStep):
         compile: bool | Literal["auto"] = "auto",
     ):
         super().__init__(optimizer, schedule, max_tokens, l1, compile)
-        self.start = starting_folder(from_, self.auto_class_of)
+        self.origin = self.start = starting_folder(from_, self.auto_class_of)
         """A folder or Hub name; None for new weights."""
         self.architecture = architecture
-        if self.start is None and architecture is None:
+        if self.origin is None and architecture is None:
             raise ValueError(
                 "no run in runs/ has a model for this task, and there is no --model.architecture to begin with; pass "
                 "--model.from, or an architecture"
@@ -95,19 +95,19 @@ class FineTune(ScheduledStep):
     @cached_property
     def base_config(self) -> PreTrainedConfig:
         """Of the model to begin with."""
-        if self.start is None:
+        if self.origin is None:
             return self.architecture
         try:
-            return AutoConfig.from_pretrained(self.start)
+            return AutoConfig.from_pretrained(self.origin)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"--model.from {self.start} is no model's folder, nor a Hub name ({reason})") from None
+            raise ValueError(f"--model.from {self.origin} is no model's folder, nor a Hub name ({reason})") from None
 
     @cached_property
     def auto_class(self) -> type:
         found = self.auto_class_of(self.base_config)
         if found is None:
-            flag = "--model.architecture" if self.start is None else f"--model.from {self.start}:"
+            flag = "--model.architecture" if self.origin is None else f"--model.from {self.origin}:"
             raise ValueError(f"{flag} {type(self.base_config).__name__} {self.needs}")
         return found
 
@@ -143,7 +143,7 @@ class FineTune(ScheduledStep):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # of new weights, and of the new head
             auto_class = self.auto_class
-            network = self._new(auto_class, fields) if self.start is None else self._loaded(auto_class, fields)
+            network = self.new_network(auto_class, fields)
             self._require_fit(network)
             network.config.pad_token_id = data.pad_id  # by which a decoder finds the last token of a text
             if self.freeze_backbone:
@@ -168,6 +168,9 @@ class FineTune(ScheduledStep):
     def prepare(self, network: PreTrainedModel) -> None:
         """What a task makes for its network once."""
 
+    def new_network(self, auto_class: type, fields: dict[str, object]) -> PreTrainedModel:
+        return self._new(auto_class, fields) if self.origin is None else self._loaded(auto_class, fields)
+
     def _new(self, auto_class: type, fields: dict[str, object]) -> PreTrainedModel:
         data = self.trainer.datamodule
         self._require_positions(getattr(self.architecture, "max_position_embeddings", None))
@@ -181,17 +184,17 @@ class FineTune(ScheduledStep):
         settings |= {} if self.adapter is None else self.adapter.loading()
         try:
             # A head of another number of labels is made anew.
-            network, info = auto_class.from_pretrained(self.start, ignore_mismatched_sizes=True, **settings, **fields)
+            network, info = auto_class.from_pretrained(self.origin, ignore_mismatched_sizes=True, **settings, **fields)
         except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"--model.from {self.start} gives no {auto_class.__name__} ({reason})") from None
+            raise ValueError(f"--model.from {self.origin} gives no {auto_class.__name__} ({reason})") from None
         # The pooler, which pretraining does not have, belongs to the head.
         self.new_parts = ["pooler"] if any("pooler" in name for name in info["missing_keys"]) else []
         prefix = f"{network.base_model_prefix}." if self.has_new_head else ""
         missing = [name for name in sorted(info["missing_keys"]) if name.startswith(prefix) and "pooler" not in name]
         if missing:
             lacking = f"{len(missing)} weights ({missing[0]}, …)"
-            raise ValueError(f"--model.from {self.start} lacks {lacking}; pass a whole one")
+            raise ValueError(f"--model.from {self.origin} lacks {lacking}; pass a whole one")
         return network
 
     def _require_fit(self, network: PreTrainedModel) -> None:
@@ -231,7 +234,7 @@ class FineTune(ScheduledStep):
             return self.network
         if self.adapter.bits is None:
             return copy.deepcopy(self.network).float().merge_and_unload()
-        base = self.auto_class.from_pretrained(self.start, dtype=torch.float32, **self.head_fields())
+        base = self.auto_class.from_pretrained(self.origin, dtype=torch.float32, **self.head_fields())
         return self.adapter.merged(self.network, base, self.auto_class, self.new_parts)
 
     def save_beside(self, folder: Path) -> None:
@@ -259,8 +262,11 @@ class FineTune(ScheduledStep):
 
     units: ClassVar[str]
 
+    def about(self) -> dict[str, object]:
+        return super().about() | {"task": type(self).__name__}
+
     def made_from(self, data: LightningDataModule) -> str:
-        origin = f"from {self.start}" if self.start else "from new weights"
+        origin = f"from {self.origin}" if self.origin else "from new weights"
         examples = f"{data.rows_per_epoch:,} examples of {data.source}"
         how = f", by {self.beside}" if self.beside else ""
         return f"{type(self.plain_network).__name__} fine-tuned {origin} on {examples}{how}."

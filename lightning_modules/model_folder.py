@@ -139,6 +139,15 @@ def newest_pretraining(fits: Callable[[PreTrainedConfig], bool], distilled: bool
     return None
 
 
+def newest_task(name: str) -> str | None:
+    """The newest model in runs/ that was fine-tuned by a task of this name."""
+    runs = sorted(Path("runs").glob("*/summary.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in runs:
+        if json.loads(file.read_text()).get("task") == name and (file.parent / "model" / "config.json").is_file():
+            return str(file.parent / "model")
+    return None
+
+
 def is_pretrained(folder: Path, distilled: bool) -> bool:
     """Whether a model's folder holds a language model that no run of fine-tuning left."""
     try:

@@ -106,8 +106,9 @@ class Taught(ScheduledStep):
     def student_folder(self) -> str | None:
         """Of the model that the student begins as; None where it is new."""
 
+    @classmethod
     @abstractmethod
-    def default_teacher(self) -> str | None:
+    def default_teacher(cls) -> str | None:
         """The folder of the teacher where none is named."""
 
     @property
@@ -264,8 +265,8 @@ class Taught(ScheduledStep):
 
     def about(self) -> dict[str, object]:
         if not self.learns_from_teachers:
-            return {"teachers": []}
-        return {"teachers": [teacher.folder for teacher in self.teachers]} | self.settings()
+            return super().about() | {"teachers": []}
+        return super().about() | {"teachers": [teacher.folder for teacher in self.teachers]} | self.settings()
 
     def plan(self) -> dict[str, str]:
         if not self.learns_from_teachers:

@@ -14,10 +14,34 @@ import subprocess
 import sys
 from pathlib import Path
 
+from datamodules.instructions import Instructions
+from datamodules.labelled import Labelled
+from datamodules.ordered import Ordered
+from datamodules.pairs import Pairs
+from datamodules.spans import Spans
 from datamodules.text import Text
 from lightning_modules.caching_trainer import CachingTrainer
 from lightning_modules.cli import main
-from lightning_modules.distillation import CausalDistillation, Distilled, default_teacher
+from lightning_modules.distillation import CausalDistillation, DenoisingDistillation, MaskedDistillation
+from lightning_modules.task_distillation import (
+    ClassificationDistillation,
+    QuestionAnsweringDistillation,
+    SummarizationDistillation,
+    TextGenerationDistillation,
+    TranslationDistillation,
+)
+from lightning_modules.taught import Taught
+
+OF_TEXT = (CausalDistillation, DenoisingDistillation, MaskedDistillation)
+OF_TASKS = (
+    ClassificationDistillation,
+    QuestionAnsweringDistillation,
+    SummarizationDistillation,
+    TextGenerationDistillation,
+    TranslationDistillation,
+)
+DATA = (Instructions, Labelled, Pairs, Spans, Text)
+"""What --model and --data know by its name alone, since it is imported here."""
 
 TEACHER = ("--trainer.max_time=00:00:01:15", "--trainer.max_steps=500", "--samples.max_new_tokens=0")
 """Of a teacher that is trained because there is none."""
@@ -29,7 +53,7 @@ def train_teacher(words: list[str]) -> None:
     given = {"-h", "--help", "-c", "--config", "--model", "--model.teacher", "--model.class_path"}
     if words[:1] not in (["fit"], ["cache"], ["verify"]) or flags & given or "RANK" in os.environ:
         return
-    if default_teacher(CausalDistillation.auto_class) is None:
+    if CausalDistillation.default_teacher() is None:
         print("no pretraining in runs/ to learn from: training a teacher first, for 75 s", file=sys.stderr)
         command = [sys.executable, str(Path(__file__).with_name("pretrain.py")), "fit", *TEACHER, *of_the_text(words)]
         if code := subprocess.run(command).returncode:
@@ -49,4 +73,4 @@ def of_the_text(words: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     train_teacher(sys.argv[1:])
-    main(Distilled, CausalDistillation, Text, Path(__file__), __doc__, trainer=CachingTrainer)
+    main(Taught, CausalDistillation, Ordered, Path(__file__), __doc__, trainer=CachingTrainer)

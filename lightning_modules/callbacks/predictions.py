@@ -62,6 +62,8 @@ class HeldOutPredictions(Callback):
         self.best: float | None = None
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not isinstance(module, FineTune):
+            return
         if trainer.sanity_checking or trainer.state.fn != "fit":
             module.predictions.clear()
             return

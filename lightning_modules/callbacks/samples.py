@@ -4,6 +4,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from lightning_modules.language_module import LanguageModule
 from lightning_modules.redaction import redacted
 
 
@@ -27,6 +28,7 @@ class Samples(Callback):
             or trainer.state.fn != "fit"
             or not self.max_new_tokens
             or not trainer.is_global_zero
+            or not isinstance(module, LanguageModule)
         ):
             return
         tokenizer = trainer.datamodule.tokenizer
