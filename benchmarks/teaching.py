@@ -23,6 +23,7 @@ from turns import environment
 
 ENVIRONMENT = environment(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
 
+
 @dataclass(frozen=True)
 class Signal:
     """What the student learns from."""
@@ -75,7 +76,9 @@ class Runs:
 
     def __init__(self, lesson: Lesson, folder: Path, found: dict[str, str]):
         self.lesson, self.folder, self.found = lesson, folder / lesson.name, found
-        self.teacher = lesson.teacher.format(**found) if lesson.teacher.startswith("{") else str(self.folder / "teacher")
+        self.teacher = (
+            lesson.teacher.format(**found) if lesson.teacher.startswith("{") else str(self.folder / "teacher")
+        )
 
     def losses(self, seeds: int) -> dict[str, list[float]]:
         """Nats per label of held-out text after each run, and the teacher's own."""

@@ -97,13 +97,13 @@ class Activations:
             parts[place] = output
             if len(parts) == 3:
                 queries, keys, values = (parts.pop(place) for place in range(3))
-                stack.heads[i] = Heads(queries, keys, values, head_size(config, queries.shape[-1]))
+                stack.heads[i] = Heads(queries, keys, values, head_size(config))
 
         return note
 
     def _splitter(self, stack: Stack, i: int, config: PreTrainedConfig):
         def note(output: Tensor) -> None:
-            size = head_size(config, output.shape[-1] // 3)
+            size = head_size(config)
             width = size * config.num_attention_heads
             shared = (output.shape[-1] - width) // 2
             stack.heads[i] = Heads(*output.split([width, shared, shared], -1), size)
@@ -121,7 +121,7 @@ class Activations:
                 stack.hidden, stack.heads = {}, {}
 
 
-def head_size(config: PreTrainedConfig, width: int) -> int:
-    """Of a config that says it, or has all of a width shared evenly among its heads."""
+def head_size(config: PreTrainedConfig) -> int:
+    """Of a config that says it, or whose heads share the width evenly."""
     said = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    return said or width // config.num_attention_heads
+    return said or config.hidden_size // config.num_attention_heads

@@ -140,7 +140,7 @@ class Completion(FineTune):
         self.shift = 0 if self.encodes_apart else len(prompt_P)
 
     def inputs(self, batch: dict[str, Tensor], config: PreTrainedConfig | None = None) -> dict[str, Tensor | bool]:
-        """What a network reads of a batch, but for a prompt; of another config than the module's own, if one is given."""
+        """What a network reads of a batch, but for a prompt; of another config than the own, if one is given."""
         if not self.encodes_apart:
             # Padding stands behind all that counts, where a decoder never looks: no mask, and the fast attention.
             return {"input_ids": batch["input_ids"], "use_cache": False}

@@ -76,6 +76,8 @@ class Distilled(Taught, LanguageModule):
     def new_network(self) -> PreTrainedModel:
         data = self.trainer.datamodule
         self._require_cache(data)
+        if self.on_policy is not None and not data.cross_document_attention:
+            raise ValueError("--model.on_policy writes on through documents; leave --data.cross_document_attention out")
         if isinstance(self.student, PreTrainedConfig):
             return super().new_network()
         if isinstance(self.student, Teacher):

@@ -116,9 +116,25 @@ class InnerLoss(nn.Module):
                 raise ValueError(
                     f"--model.inner.relation_layer is {signals.relation_layer}; the teacher has 0 to {depths[1] - 1}"
                 )
+        self._require_heads(student, teacher)
         widths = [network.config.get_text_config().hidden_size for network in (student, teacher)]
         projected = self._projected() if widths[0] != widths[1] else []
         self.projections = nn.ModuleDict({name: nn.Linear(*widths, bias=False) for name in projected})
+
+    @torch.no_grad()
+    def _require_heads(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        """Raises ValueError for heads that cannot be divided alike, by reading two tokens."""
+        kinds = (*self.signals.kinds,) if self.signals.relations else ()
+        kinds += ("qk",) if self.signals.attention else ()
+        if not kinds:
+            return
+        with self.of_student.taken() as ours, self.of_teacher.taken() as theirs:
+            for network in (student, teacher):
+                ids = torch.zeros(1, 2, dtype=torch.long, device=network.device)
+                network(input_ids=ids, **({"decoder_input_ids": ids} if network.config.is_encoder_decoder else {}))
+            for key, stack in ours.items():
+                for kind in kinds:
+                    both(kind, stack.heads[0], theirs[key].heads[0], self.signals.relation_heads)
 
     def _projected(self) -> list[str]:
         """Places whose hidden states are compared: the stack and how many layers are before."""

@@ -44,14 +44,10 @@ class TaskDistillation(Taught, FineTune):
         **settings: object,
     ):
         self.student, named = student, teacher[0] if isinstance(teacher, list) and teacher else teacher
-        if isinstance(student, str):
-            begin = {"from_": student}
-        elif isinstance(student, PreTrainedConfig):
-            begin = {"from_": NEW, "architecture": student}
-        else:
-            whole = AutoConfig.from_pretrained(find_folder(self.teacher_named(named)))
-            begin = {"from_": NEW, "architecture": student.config(whole)}
-        super().__init__(**begin, teacher=teacher, **settings)
+        origin, architecture = (student, None) if isinstance(student, str) else (NEW, student)
+        if isinstance(student, PartOfTeacher):
+            architecture = student.config(AutoConfig.from_pretrained(find_folder(self.teacher_named(named))))
+        super().__init__(from_=origin, architecture=architecture, teacher=teacher, **settings)
         for name in ("label_smoothing", "class_weights", "prompt_tokens"):
             if vars(self).get(name):
                 raise ValueError(f"--model.{name} is not for a student of a teacher; leave it out")

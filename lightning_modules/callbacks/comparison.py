@@ -26,6 +26,8 @@ OF_THIS_RUN = (
     *("WANDB_RUN_ID", "WANDB_RESUME"),
 )
 """Of the environment, what another run must not be told."""
+TITLES = {"nats": "nats a label", "kl_to_teacher": "KL to teacher", "milliseconds": "ms a row"}
+FORMATS = {"parameters": ",", "milliseconds": ".1f"}
 TIMES = 20
 """Forward passes of which the latency is the median."""
 
@@ -131,15 +133,13 @@ def gap_recovered(control: float, student: float, teacher: float) -> float | Non
 
 
 def print_table(found: dict[str, dict[str, float]]) -> None:
-    columns = {
-        "nats": ("nats per token", ".4f"),
-        "bits_per_byte": ("bits per byte", ".4f"),
-        "kl_to_teacher": ("KL to teacher", ".4f"),
-        "parameters": ("parameters", ","),
-        "milliseconds": ("ms a row", ".1f"),
-    }
+    """A row for each network, a column for each figure."""
+    titles = [TITLES.get(name, name.replace("_", " ")) for name in next(iter(found.values()))]
     width = max(map(len, found))
-    print(" " * width, *(title for title, _ in columns.values()), sep="  ")
+    print(" " * width, *titles, sep="  ")
     for name, row in found.items():
-        cells = [f"{row[key]:>{len(title)}{how}}" for key, (title, how) in columns.items()]
+        cells = [
+            f"{value:>{len(title)}{FORMATS.get(key, '.4f')}}"
+            for (key, value), title in zip(row.items(), titles, strict=True)
+        ]
         print(f"{name:<{width}}", *cells, sep="  ")

@@ -1,0 +1,327 @@
+"""What is learnt from inside a teacher: the field's own formulas, on every layout, and no part of what is exported."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BertConfig,
+    DistilBertConfig,
+    GPT2Config,
+    LlamaConfig,
+    ModernBertConfig,
+    Phi3Config,
+    Qwen3Config,
+    T5Config,
+)
+
+from lightning_modules.activations import Activations, Heads
+from lightning_modules.distillation import CausalDistillation, DenoisingDistillation, MaskedDistillation
+from lightning_modules.inner_signals import (
+    InnerSignals,
+    attention_distance,
+    even_map,
+    most_heads,
+    relation_kl,
+    relative_distance,
+    seen_by,
+)
+from lightning_modules.losses import IGNORED
+from lightning_modules.lstm import LSTMConfig
+from lightning_modules.student import PartOfTeacher, principal_directions
+from tests.distilling import as_command, fit, flags_of, opened, refused
+from tests.faults import signal_at, state
+
+ALL = InnerSignals(hidden=1.0, embeddings=1.0, cosine=1.0, attention=1.0, relations=1.0, kinds=("qk", "qq", "kk", "vv"))
+LAYOUTS = {
+    "llama": (AutoModelForCausalLM, LlamaConfig(num_key_value_heads=2, head_dim=8)),
+    "qwen3": (AutoModelForCausalLM, Qwen3Config(num_key_value_heads=2, head_dim=12)),
+    "phi3": (AutoModelForCausalLM, Phi3Config(num_key_value_heads=2, pad_token_id=0)),
+    "gpt2": (AutoModelForCausalLM, GPT2Config()),
+    "bert": (AutoModelForMaskedLM, BertConfig()),
+    "distilbert": (AutoModelForMaskedLM, DistilBertConfig(dim=32, hidden_dim=64, n_layers=3, n_heads=4)),
+    "modernbert": (AutoModelForMaskedLM, ModernBertConfig(pad_token_id=0)),
+    "bart": (AutoModelForSeq2SeqLM, BartConfig(d_model=32, encoder_layers=3, decoder_layers=3)),
+    "t5": (AutoModelForSeq2SeqLM, T5Config(d_kv=8, num_decoder_layers=3)),
+}
+
+
+def network(name: str):
+    auto_class, config = LAYOUTS[name]
+    config.vocab_size = 40
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    for field, value in sizes.items():
+        setattr(config, config.attribute_map.get(field, field), value)
+    torch.manual_seed(0)
+    return auto_class.from_config(config).eval()
+
+
+def read(model, ids: torch.Tensor):
+    return model(input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_is_taken_is_what_transformers_itself_gives(name):
+    model, ids = network(name), torch.randint(40, (2, 7), generator=torch.Generator().manual_seed(0))
+    activations = Activations(model)
+    found = model(
+        ids, output_hidden_states=True, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    )
+    with activations.taken() as stacks:
+        read(model, ids)
+        for key, stack in stacks.items():
+            theirs = found["hidden_states" if key == "layers" else f"{key}_hidden_states"]
+            assert stack.depth == 3 and sorted(stack.hidden) == [0, 1, 2, 3] and sorted(stack.heads) == [0, 1, 2]
+            for place in range(3):  # the last one of transformers is behind the last norm
+                torch.testing.assert_close(stack.hidden[place], theirs[place], rtol=0, atol=1e-6)
+            size = {"t5": 8, "qwen3": 12}.get(name, 8)
+            shared = 2 if name in ("llama", "qwen3", "phi3") else 4
+            widths = [part.shape[-1] for part in stack.heads[1][:3]]
+            assert widths == [4 * size, shared * size, shared * size] and stack.heads[1].size == size
+    assert not any(stack.hidden or stack.heads for stack in activations.stacks.values())
+    read(model, ids)
+    assert not any(stack.hidden or stack.heads for stack in activations.stacks.values())
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_the_relation_of_queries_and_keys_is_attention(name):
+    """transformers' own probabilities, where no rotary positions come between."""
+    model, ids = network(name), torch.randint(40, (2, 7), generator=torch.Generator().manual_seed(1))
+    model.set_attn_implementation("eager")
+    probabilities = read_attentions(model, ids)
+    activations = Activations(model)
+    with activations.taken() as stacks:
+        read(model, ids)
+        heads = stacks["layers"].heads[1]
+    other = Heads(*(torch.zeros_like(part) for part in heads[:3]), heads.size)  # attends to all alike
+    pairs = torch.ones(2, 7, 7, dtype=torch.bool)
+    pairs = pairs.tril() if name == "gpt2" else pairs
+    kl_BT = relation_kl("qk", other, heads, 4, pairs)
+    p_BATT = probabilities[1]
+    uniform = pairs / pairs.sum(-1, keepdim=True)
+    expected_BT = torch.special.xlogy(p_BATT, p_BATT / uniform[:, None]).nan_to_num(0).sum(-1).mean(1)
+    torch.testing.assert_close(kl_BT, expected_BT, rtol=0, atol=1e-5)
+
+
+def read_attentions(model, ids):
+    return model(ids, output_attentions=True).attentions
+
+
+def test_heads_of_both_models_are_divided_alike():
+    torch.manual_seed(0)
+    student = Heads(torch.randn(2, 5, 24), torch.randn(2, 5, 12), torch.randn(2, 5, 12), 6)
+    teacher = Heads(torch.randn(2, 5, 32), torch.randn(2, 5, 16), torch.randn(2, 5, 16), 8)
+    pairs = torch.ones(2, 5, 5, dtype=torch.bool).tril()
+    for kind in ("qk", "qq", "kk", "vv"):
+        for heads in (None, 1, 2, 4):
+            assert (relation_kl(kind, student, teacher, heads, pairs) >= 0).all()
+            assert relation_kl(kind, teacher, teacher, heads, pairs).abs().max() < 1e-6
+    assert most_heads([24, 32], 4) == 4 and most_heads([24, 32], 12) == 8 and most_heads([25, 32], 4) == 1
+    with pytest.raises(ValueError, match="does not divide"):
+        relation_kl("qq", student, teacher, 3, pairs)
+    # Keys that two heads share are each of them's.
+    wide = Heads(teacher.queries_BTW, teacher.keys_BTW.unflatten(-1, (2, 8)).repeat_interleave(2, 2).flatten(2), *[
+        teacher.values_BTW
+    ], 8)  # fmt: skip
+    apart = attention_distance(wide, teacher, 4, pairs)
+    assert apart.abs().max() < 1e-10 and attention_distance(student, teacher, None, pairs).min() > 0
+
+
+def test_a_distance_is_relative_to_the_teacher():
+    teacher = torch.randn(2, 3, 8)
+    torch.testing.assert_close(relative_distance(torch.zeros(2, 3, 8), 5 * teacher), torch.ones(2, 3))
+    torch.testing.assert_close(relative_distance(2 * teacher, teacher), torch.ones(2, 3))
+    assert relative_distance(teacher, teacher).max() == 0
+
+
+def test_layers_are_mapped_evenly_the_last_to_the_last():
+    assert even_map(3, 6) == [1, 3, 5] and even_map(2, 3) == [1, 2] and even_map(4, 4) == [0, 1, 2, 3]
+    assert even_map(1, 12) == [11]
+
+
+def test_padding_other_documents_and_the_future_are_not_seen():
+    real = torch.tensor([[1, 1, 1, 1, 0]]).bool()
+    seen = seen_by(real, torch.tensor([2]), True, torch.tensor([[0, 1, 0, 1, 2]]))
+    assert seen.pairs_BTT[0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 1, 1, 0],
+    ]
+    assert seen.weights_BT.tolist() == [[0.5, 0.5, 0.5, 0.5, 0.0]]  # two labels, evenly over four tokens
+    assert seen_by(real, torch.tensor([1]), False).pairs_BTT[0, 0].int().tolist() == [1, 1, 1, 1, 0]
+
+
+# In training
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked", "denoising"])
+def test_a_student_like_its_teacher_has_nothing_to_learn_inside(kind, texts, decoder, encoder, denoiser):
+    teacher, module = {
+        "causal": (decoder, CausalDistillation),
+        "masked": (encoder, MaskedDistillation),
+        "denoising": (denoiser, DenoisingDistillation),
+    }[kind]
+    same, batch = opened(texts, teacher, module, student=PartOfTeacher([0, 1]), inner=ALL)
+    same.network.eval()
+    same.teachers[0].network.float()
+    *_, count, divergence, inner = same.training_loss(batch, 1.0)
+    assert int(count) > 0 and float(inner) < 1e-3 * int(count)  # bf16 weights
+    assert not list(same.inner_loss.parameters())  # of equal widths there is nothing to project
+    other, _ = opened(texts, teacher, module, student=PartOfTeacher([1, 0]), inner=ALL)
+    other.network.eval()
+    other.teachers[0].network.float()
+    assert float(other.training_loss(batch, 1.0)[4]) > 1e-2 * int(count)
+
+
+def test_each_signal_adds_its_weighted_sum_to_the_objective(texts, decoder):
+    plain, batch = opened(texts, decoder)
+    base = float(plain.training_loss(batch, 2.0)[0])
+    total = 0.0
+    for name in ("hidden", "embeddings", "cosine", "attention", "relations"):
+        one, _ = opened(texts, decoder, inner=InnerSignals(**{name: 1.0}))
+        objective, *_, inner = one.training_loss(batch, 2.0)
+        double, _ = opened(texts, decoder, inner=InnerSignals(**{name: 2.0}))
+        assert float(inner) > 0 and float(double.training_loss(batch, 2.0)[4]) == pytest.approx(
+            2 * float(inner), rel=1e-4
+        )
+        assert float(objective) == pytest.approx(base + float(inner) / 2, rel=1e-5), name
+        total += float(inner)
+    assert total > 0
+
+
+def test_a_row_without_labels_and_padding_add_nothing(texts, decoder):
+    module, batch = opened(texts, decoder, inner=ALL)
+    module.network.eval()
+    batch["labels"][1] = IGNORED
+    batch["labels"][2, 20:] = IGNORED
+    before = float(module.training_loss(batch, 1.0)[4])
+    batch["input_ids"][1] = 5
+    batch["input_ids"][2, 20:] = 7
+    assert float(module.training_loss(batch, 1.0)[4]) == pytest.approx(before, rel=1e-5)
+    rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(4)]
+    assert sum(float(module.training_loss(row, 1.0)[4]) for row in rows) == pytest.approx(before, rel=1e-5)
+
+
+def test_first_the_inside_alone_then_the_outputs_alone(texts, decoder):
+    module, batch = opened(texts, decoder, inner=InnerSignals(hidden=1.0, first=0.5))
+    objective, *_, inner = module.training_loss(batch, 1.0)
+    assert float(objective) == pytest.approx(float(inner), rel=1e-5)
+    objective.backward()
+    assert not module.network.get_output_embeddings().weight.grad.any()
+    assert module.network.model.layers[0].mlp.up_proj.weight.grad.any()
+    loop = module.trainer.fit_loop.epoch_loop
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = 6
+    module.zero_grad()
+    objective, _, count, divergence, inner = module.training_loss(batch, 1.0)
+    assert float(inner) == 0 and float(objective) == pytest.approx(float(divergence), rel=1e-5)
+    objective.backward()
+    assert module.network.get_output_embeddings().weight.grad.any()
+    assert all(not p.grad.any() for p in module.inner_loss.parameters())  # there for DDP, and zero
+
+
+INNER = {"model.inner.hidden": 1, "model.inner.relations": 1, "comparison.control": False, "ckpt_path": "last"}
+
+
+def test_projections_learn_and_resume_and_are_not_exported(texts, decoder, tmp_path):
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+        flags = flags_of(tmp_path / name, texts, decoder, **INNER)
+        if name == "cut":
+            assert as_command(tmp_path / name, [*flags, *signal_at(7)]) == 143
+        assert as_command(tmp_path / name, flags) == 0
+    assert state(tmp_path / "whole") == state(tmp_path / "cut")
+    checkpoint = torch.load(tmp_path / "whole" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    projections = [name for name in checkpoint if "projections" in name]
+    assert len(projections) == 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model")
+    exported = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    assert not any("projection" in name for name in exported)
+    assert model.config.hidden_size == 16
+    assert "train/inner" in (tmp_path / "whole" / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_the_inside_on_two_ranks_is_that_of_two_micro_batches(texts, decoder, tmp_path):
+    one = {"trainer.accumulate_grad_batches": 2, "trainer.val_check_interval": 12, "model.inner.first": 0.5}
+    fit(tmp_path / "one", texts, decoder, **INNER, **one)
+    (tmp_path / "two").mkdir()
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp", "model.inner.first": 0.5}
+    assert as_command(tmp_path / "two", flags_of(tmp_path / "two", texts, decoder, **INNER, **two)) == 0
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-5)
+
+
+def test_a_run_goes_on_with_the_signals_it_began_with(texts, decoder, tmp_path, capsys):
+    quick = {"trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    fit(tmp_path, texts, decoder, **INNER, **quick)
+    flags = flags_of(tmp_path, texts, decoder, **(INNER | {"trainer.max_steps": 4, "model.inner.hidden": 2}))
+    assert "the checkpoint has inner" in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"model.inner.hidden": 1, "model.inner.layer_map": "[2]"}, "names layer 2; the teacher has 0 to 1"),
+        ({"model.inner.hidden": 1, "model.inner.layer_map": "[0,1]"}, "has 2 numbers; the student has 1 layers"),
+        ({"model.inner.relations": 1, "model.inner.relation_layer": 5}, "relation_layer is 5"),
+        ({"model.inner.relations": 1, "model.inner.relation_heads": 3}, "does not divide"),
+        ({"model.inner.hidden": 0}, "one or more above zero"),
+        ({"model.inner.hidden": 1, "model.inner.first": 1.0}, "pass a part of the run"),
+        ({"model.inner.hidden": 1, "model.compile": True}, "leave one out"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(flags, told, texts, decoder, tmp_path, capsys):
+    assert told in refused(capsys, *flags_of(tmp_path, texts, decoder, **flags))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_network_without_known_layers_is_refused(texts, decoder):
+    with pytest.raises(ValueError, match="not known by name; leave --model.inner out"):
+        opened(texts, decoder, student=LSTMConfig(hidden_size=8), inner=InnerSignals(hidden=1.0))
+
+
+# A narrower student that begins along the teacher's own directions
+
+
+def test_the_directions_are_orthonormal_and_the_largest_come_first():
+    model = network("bert")
+    directions = principal_directions(model)
+    torch.testing.assert_close(directions @ directions.T, torch.eye(32), rtol=0, atol=1e-5)
+    with Activations(model).taken() as stacks:
+        read(model, torch.randint(40, (16, 64), generator=torch.Generator().manual_seed(0)))
+        sizes = sum(
+            (hidden.flatten(0, 1) @ directions.T).square().mean(0) / hidden.square().mean()
+            for hidden in stacks["layers"].hidden.values()
+        )
+    assert (sizes.diff() <= 1e-3 * sizes[0]).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_a_projected_student_says_more_of_what_its_teacher_says(name):
+    """Of a teacher whose embeddings lie in few directions, which none of the axes is."""
+    teacher = network(name)
+    with torch.no_grad():
+        basis = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(3)))[0][:16]
+        embeddings = teacher.get_input_embeddings().weight
+        embeddings.copy_(torch.randn(40, 16, generator=torch.Generator().manual_seed(4)) @ basis)
+    ids, found = torch.randint(40, (4, 8)), {}
+    for narrow in ("slice", "project"):
+        part = PartOfTeacher([0, 1, 2], {"hidden_size": 16}, narrow)
+        if name == "bert":
+            part.fields["num_attention_heads"] = 2
+        config = part.config(teacher.config)
+        if name == "llama":
+            config.head_dim = 8
+        student = LAYOUTS[name][0].from_config(config).eval()
+        part.fill(student, teacher)
+        p, q = (read(model, ids).logits.log_softmax(-1) for model in (teacher, student))
+        found[narrow] = float((p.exp() * (p - q)).sum(-1).mean())
+        assert json.loads(student.config.to_json_string())
+    assert found["project"] < found["slice"]
