@@ -191,10 +191,10 @@ class Distilled(Taught, LanguageModule):
             use_cache=True,
             pad_token_id=0,
             eos_token_id=None,  # a row goes on with the next document
-            temperature=self.on_policy.temperature,
         )
         prompts = {"input_ids": ids_BT[own_B, :prompt]}
-        own_bT = write(self.network, prompts, numbers_BU[own_B, 1:], self.vocabulary, settings)
+        drawn = (numbers_BU[own_B, 1:], self.vocabulary, self.on_policy.temperature)
+        own_bT = write(self.network, prompts, *drawn, settings)
         labels_bT = own_bT[:, 1:].clone()
         labels_bT[:, : prompt - 1] = IGNORED
         changed = {"input_ids": ids_BT.index_copy(0, own_B, own_bT[:, :-1])}

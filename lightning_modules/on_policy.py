@@ -46,16 +46,22 @@ class OnPolicy:
 
 @torch.no_grad()
 def write(
-    network: PreTrainedModel, prompts: dict[str, Tensor], numbers_BU: Tensor, words: int, settings: GenerationConfig
+    network: PreTrainedModel,
+    prompts: dict[str, Tensor],
+    numbers_BU: Tensor,
+    words: int,
+    temperature: float,
+    settings: GenerationConfig,
 ) -> Tensor:
     """(B, …) ids: prompts and what the network writes after them, drawn by one random number a place, in eval mode."""
-    was_training = network.training
+    was_training, own = network.training, network.generation_config
+    drawn = LogitsProcessorList([ByNumbers(numbers_BU, words, temperature)])
     network.eval()
+    network.generation_config = settings  # by which generate() would fill what is left open, such as where to end
     try:
-        drawn = LogitsProcessorList([ByNumbers(numbers_BU, words, settings.temperature or 1.0)])
-        settings.temperature = None  # which ByNumbers sees to
         return network.generate(**prompts, generation_config=settings, logits_processor=drawn)
     finally:
+        network.generation_config = own
         network.train(was_training)
 
 

@@ -227,13 +227,14 @@ class CompletionDistillation(TaskDistillation, Completion):
         if not len(own_B) or new < 1:
             return batch, None
         settings = self.generation(new)
-        settings.num_beams, settings.temperature = 1, self.on_policy.temperature
+        settings.num_beams = 1
         prompts = {name: batch[name][own_B] for name in ("input_ids", "attention_mask")}
         if not self.encodes_apart:
             ids_bP, mask_bP = left_padded(prompts["input_ids"], batch["prompt_lengths"][own_B], data.pad_id)
             prompts = {"input_ids": ids_bP, "attention_mask": mask_bP}
         before = 1 if self.encodes_apart else prompts["input_ids"].shape[1]
-        ids_bU = write(self.plain_network, prompts, numbers_BU[own_B, 1:], self.vocabulary, settings)[:, before:]
+        drawn = (numbers_BU[own_B, 1:], self.vocabulary, self.on_policy.temperature)
+        ids_bU = write(self.plain_network, prompts, *drawn, settings)[:, before:]
         is_end_bU = torch.isin(ids_bU, torch.tensor(settings.eos_token_id, device=ids_bU.device))
         answers_bU = ids_bU.masked_fill(is_end_bU.cumsum(-1) - is_end_bU.long() > 0, IGNORED)  # behind the end: padding
         changed = self._with_answers(batch, own_B, answers_bU)

@@ -28,7 +28,10 @@ def test_words_are_drawn_by_their_probability():
 
 def test_a_student_goes_on_from_the_beginning_of_a_row(texts, decoder):
     module, batch = opened(texts, decoder, on_policy=ALL_OWN)
+    ends = list(range(module.vocabulary))  # wherever a document ends, the row goes on
+    module.network.generation_config.eos_token_id = ends
     written, is_own_N = module.written(batch)
+    assert module.network.generation_config.eos_token_id == ends
     assert is_own_N.all() and written["input_ids"].shape == batch["input_ids"].shape
     assert torch.equal(written["input_ids"][:, :8], batch["input_ids"][:, :8])
     assert not torch.equal(written["input_ids"][:, 8:], batch["input_ids"][:, 8:])
