@@ -5,6 +5,7 @@ Run:
     python benchmarks/run.py --only training --quick              a part, in a minute; writes no page
     python benchmarks/run.py --only time_to_loss --data.path input.txt
     python benchmarks/run.py --only tasks --page docs/benchmarks.md           fine-tuning on real data, an hour
+    python benchmarks/run.py --only teaching --page docs/benchmarks.md        distillation, three seeds, two hours
     python benchmarks/run.py --gpu                                on a CUDA device; writes docs/benchmarks_gpu.md
 """
 
@@ -28,6 +29,7 @@ import gpu
 import layer
 import startup
 import tasks
+import teaching
 import time_to_loss
 import torch
 import training
@@ -47,7 +49,7 @@ PARTS = (
     "loading",
     "startup",
 )
-LONG = ("tasks",)
+LONG = ("tasks", "teaching")
 """Parts that run only when they are named."""
 
 
@@ -61,9 +63,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", nargs="+", type=int, help="of training; default: 1 and all cores")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each row")
     parser.add_argument("--turn_seconds", type=float, default=1.5)
-    parser.add_argument("--seeds", type=int, default=3, help="of time_to_loss")
+    parser.add_argument("--seeds", type=int, default=3, help="of time_to_loss and teaching")
     parser.add_argument("--data.path", dest="text", help="tinyshakespeare's input.txt")
     parser.add_argument("--tasks", nargs="+", choices=[group.name for group in tasks.GROUPS], help="of tasks")
+    parser.add_argument("--lessons", nargs="+", choices=[x.name for x in teaching.LESSONS], help="of teaching")
+    parser.add_argument("--keep", type=Path, help="a folder where finished runs of teaching stay and are not repeated")
     parser.add_argument("--data_folder", type=Path, default=ROOT / "../shared/data", help="where the data of tasks are")
     parser.add_argument("--page", type=Path, help="where to write the page")
     options = parser.parse_args(arguments)
@@ -111,6 +115,9 @@ def measured(options: argparse.Namespace) -> Iterator[list[Table]]:
         yield [data_tables.loading(sizes, options.rounds, trained)]
     if "tasks" in wanted:
         yield from ([table] for table in tasks.tables(options.tasks, options.data_folder))
+    if "teaching" in wanted:
+        found = teaching.tables(options.lessons, options.data_folder, options.keep, options.seeds)
+        yield from ([table] for table in found)
     if "startup" in wanted:
         yield startup.tables(1 if options.quick else 5)
 

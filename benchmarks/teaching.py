@@ -1,13 +1,16 @@
 """What a student learns from each signal at equal tokens: how much of the gap to its teacher it closes, several seeds.
 
 Run:
-    python benchmarks/run.py --only teaching --page docs/benchmarks.md --keep runs/teaching       about 2 hours on 2 cores
+    python benchmarks/run.py --only teaching --page docs/benchmarks.md --keep runs/teaching      two hours on 2 cores
+    python benchmarks/run.py --only teaching --lessons stories
 
-`--keep` names a folder whose finished runs are not repeated, so that an interrupted measurement goes on.
+`--keep` names a folder whose finished runs are not repeated, so that an interrupted measurement goes on. What needs
+data or a model that are not here is left out, and said.
 """
 
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -22,6 +25,8 @@ from tasks import models
 from turns import environment
 
 ENVIRONMENT = environment(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+WITHOUT = "without a teacher"
+AT_HAND = "forward KL"
 
 
 @dataclass(frozen=True)
@@ -36,39 +41,63 @@ class Signal:
 
 @dataclass(frozen=True)
 class Lesson:
-    """A teacher, its student, and a text."""
+    """A teacher, its student, and what both read."""
 
     name: str
     title: str
     common: str
-    """Flags of all runs, with {data} for the folder of the data."""
+    """Flags of all runs of the student."""
     teacher: str
-    """{stories}, or the flags of the pretraining that makes it."""
+    """A folder, or the command that makes it."""
     signals: tuple[Signal, ...]
-    needs: str | None = None
-    """Folder in the data folder."""
+    shown: tuple[str, ...]
+    """Of the comparison in summary.json; the first is what the gap is measured by."""
+    folder: str | None = None
+    """Of the data, in the data folder; {data} in flags, where {stories} and {minilm} are models."""
 
-
-WITHOUT = Signal("without a teacher", "--model.hard_weight 1")
-FULL = "the teacher at hand, forward_kl"
-CACHED_BYTES = 60
-"""Most of a token, of the caches that are compared."""
 
 STDLIB = Lesson(
     "stdlib",
-    "Standard library: a student of a quarter of its teacher's parameters",
+    "Distillation on the standard library: a student of a quarter of its teacher's parameters",
     "--trainer.max_steps 400 --trainer.val_check_interval 400 --model.student.hidden_size 80 "
     "--model.student.intermediate_size 320 --model.student.num_hidden_layers 2",
-    "--trainer.max_steps 750 --trainer.max_time null --trainer.val_check_interval 750",
+    "recipes/pretrain.py fit --trainer.max_steps 750 --trainer.max_time null --trainer.val_check_interval 750",
     (
-        WITHOUT,
-        Signal(FULL),
+        Signal(WITHOUT, "--model.hard_weight 1"),
+        Signal(AT_HAND),
         Signal("12 likeliest words and their tail", cache="--scheme top_k --exact 12"),
-        Signal("28 words drawn", cache="--scheme sampled --drawn 28"),
-        Signal("6 likeliest words, 15 drawn", cache="--scheme hybrid --exact 6 --drawn 15"),
+        Signal("27 drawn words", cache="--scheme sampled --drawn 27"),
+        Signal("4 likeliest and 27 drawn words", cache="--scheme hybrid --exact 4 --drawn 27"),
+        Signal(
+            "4 likeliest and 27 drawn words, a tenth of the text's loss",
+            "--model.hard_weight 0.1",
+            cache="--scheme hybrid --exact 4 --drawn 27",
+        ),
+        Signal("forward KL, a quarter of the rows its own", "--model.on_policy.share 0.25"),
+        Signal("forward KL, hidden states", "--model.inner.hidden 1"),
+        Signal("forward KL, hidden states, embeddings", "--model.inner.hidden 1 --model.inner.embeddings 1"),
+        Signal("forward KL, hidden states, relations", "--model.inner.hidden 1 --model.inner.relations 0.1"),
+        Signal("forward KL, relations", "--model.inner.relations 0.1"),
     ),
+    ("nats", "kl_to_teacher"),
 )
-LESSONS = (STDLIB,)
+STORIES = Lesson(
+    "stories",
+    "Distillation of stories260K into two layers, on TinyStories",
+    "--data.path {data}/stories.txt --data.seq_len 256 --trainer.max_steps 400 --trainer.val_check_interval 400 "
+    "--model.student transformers.LlamaConfig --model.student.hidden_size 64 --model.student.intermediate_size 172 "
+    "--model.student.num_hidden_layers 2 --model.student.num_attention_heads 8 --model.student.num_key_value_heads 4 "
+    "--model.student.tie_word_embeddings true --model.student.max_position_embeddings 512",
+    "{stories}",
+    (
+        Signal(WITHOUT, "--model.hard_weight 1"),
+        Signal(AT_HAND),
+        Signal("forward KL, hidden states, embeddings", "--model.inner.hidden 1 --model.inner.embeddings 1"),
+    ),
+    ("nats", "kl_to_teacher"),
+    folder="lm_tinystories",
+)
+LESSONS = (STDLIB, STORIES)
 
 
 class Runs:
@@ -76,32 +105,39 @@ class Runs:
 
     def __init__(self, lesson: Lesson, folder: Path, found: dict[str, str]):
         self.lesson, self.folder, self.found = lesson, folder / lesson.name, found
-        self.teacher = (
-            lesson.teacher.format(**found) if lesson.teacher.startswith("{") else str(self.folder / "teacher")
-        )
+        self.teacher = str(self.folder / "teacher")
 
-    def losses(self, seeds: int) -> dict[str, list[float]]:
-        """Nats per label of held-out text after each run, and the teacher's own."""
-        if not self.lesson.teacher.startswith("{"):
-            self._do("recipes/pretrain.py fit", self.lesson.teacher, Path(self.teacher))
-        found: dict[str, list[float]] = {signal.name: [] for signal in self.lesson.signals}
-        for seed in range(seeds):
-            for i, signal in enumerate(self.lesson.signals):
-                summary = self._student(signal, self.folder / f"{i}-{seed}", seed)
-                found[signal.name].append(summary["val_loss_final"])
-                compared = summary.get("comparison", {})
-                found |= {"teacher": [row["nats"]] for name, row in compared.items() if name == "teacher"}
-        return found
+    def rows(self, seeds: int) -> dict[str, list[dict[str, float]]]:
+        """The comparison's rows of each signal, one a seed; those of "teacher" are all the same."""
+        if "/" in self.lesson.teacher:
+            command, _, flags = self.lesson.teacher.partition(" fit ")
+            self._do(f"{command} fit", flags, Path(self.teacher))
+        else:
+            self.teacher = self.lesson.teacher.format(**self.found)
+        return {
+            signal.name: [self._student(signal, seed) for seed in range(seeds)] for signal in self.lesson.signals
+        } | {"teacher": [self._compared(self._of(self.lesson.signals[1], 0))[0]]}
 
-    def _student(self, signal: Signal, folder: Path, seed: int) -> dict:
+    def _of(self, signal: Signal, seed: int) -> Path:
+        return self.folder / f"{_slug(signal.name)}-{seed}"
+
+    def _student(self, signal: Signal, seed: int) -> dict[str, float]:
         flags = f"--model.teacher={self.teacher} {self.lesson.common} {signal.flags}"
         if signal.cache:
-            cache = self.folder / signal.cache.replace("--", "").replace(" ", "-")
+            cache = self.folder / _slug(signal.cache)
             self._do("recipes/distill.py cache", f"--model.teacher={self.teacher} {signal.cache}", cache, "--folder")
             flags += f" --data.teacher_cache={cache}"
         flags += f" --seed_everything={seed} --data.seed={seed} --comparison.control=false"
-        self._do("recipes/distill.py fit", flags, folder)
-        return json.loads((folder / "summary.json").read_text())
+        self._do("recipes/distill.py fit", flags, self._of(signal, seed))
+        if signal.name != WITHOUT:
+            return self._compared(self._of(signal, seed))[1]
+        summary = json.loads((self._of(signal, seed) / "summary.json").read_text())
+        return {"nats": summary["val_loss_final"]} | summary
+
+    @staticmethod
+    def _compared(folder: Path) -> list[dict[str, float]]:
+        """The teacher's row and the student's."""
+        return list(json.loads((folder / "summary.json").read_text())["comparison"].values())
 
     def _do(self, command: str, flags: str, folder: Path, where: str = "--trainer.default_root_dir") -> None:
         done, log = folder.with_suffix(".done"), folder.with_suffix(".log")
@@ -109,10 +145,66 @@ class Runs:
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
         words = [*shlex.split(f"{command} {flags.format(**self.found)}"), f"{where}={folder}"]
-        words += ["--samples.max_new_tokens=0", "--ckpt_path=last"] if "fit" in words else []
+        words += ["--samples.max_new_tokens=0"] if "pretrain" in command or "distill.py fit" in command else []
+        words += ["--ckpt_path=last"] if "fit" in words else []
         print(shlex.join(words), file=sys.stderr, flush=True)
         with log.open("w") as stream:
             code = subprocess.run([sys.executable, *words], cwd=ROOT, env=ENVIRONMENT, stdout=stream, stderr=stream)
         if code.returncode:
             raise RuntimeError(f"it ended with {code.returncode}: {log.read_text()[-500:]}")
         done.touch()
+
+
+def tables(names: list[str] | None, data_folder: Path, keep: Path | None, seeds: int) -> Iterator[Table]:
+    """Of the lessons whose data and model are here."""
+    with tempfile.TemporaryDirectory() as temporary:
+        for lesson in LESSONS:
+            if names and lesson.name not in names:
+                continue
+            found = models(data_folder) | {"data": str(data_folder / (lesson.folder or ""))}
+            needed = {name for name in ("minilm", "stories") if f"{{{name}}}" in lesson.teacher}
+            if needed - found.keys() or not Path(found["data"]).is_dir():
+                print(f"{lesson.name} left out: {needed or found['data']} is not here", file=sys.stderr)
+                continue
+            runs = Runs(lesson, (keep or Path(temporary)).absolute(), found)
+            yield table(lesson, runs.rows(seeds), seeds)
+
+
+def table(lesson: Lesson, rows: dict[str, list[dict[str, float]]], seeds: int) -> Table:
+    """By the mean over the seeds, with the least and the most."""
+    teacher, without = rows["teacher"][0], rows[WITHOUT]
+    gap = statistics.mean(row["nats"] for row in without) - teacher["nats"]
+    recovered = {
+        name: 100 * (1 - (statistics.mean(row["nats"] for row in found) - teacher["nats"]) / gap)
+        for name, found in rows.items()
+    }
+    shown = []
+    for name, found in rows.items():
+        cells = [_spread([row[key] for row in found]) if key in found[0] else "" for key in lesson.shown]
+        shown.append([name, *cells, f"{found[0]['parameters']:,}", f"{recovered[name]:.1f} %"])
+    best_cached = max((recovered[signal.name] for signal in lesson.signals if signal.cache), default=None)
+    goals = [Goal("percent of the gap that forward KL closes", recovered[AT_HAND], at_least=30)]
+    if best_cached is not None:
+        share = best_cached / recovered[AT_HAND]
+        goals.append(Goal("best cache of at most 60 bytes a token, of what forward KL closes", share, at_least=0.9))
+    titles = [name.replace("_", " ") for name in lesson.shown]
+    own_flags = {s.name: " ".join(filter(None, (s.flags, s.cache and f"cache {s.cache}"))) for s in lesson.signals}
+    flags = "; ".join(f"{name}: `{of_signal}`" for name, of_signal in own_flags.items() if of_signal)
+    return Table(
+        lesson.title,
+        f"python benchmarks/run.py --only teaching --lessons {lesson.name} --seeds {seeds}",
+        ["", *titles, "parameters", "of the gap"],
+        shown,
+        f"Mean of {seeds} seeds of weights and order, and from the least to the most; the held-out text. Teacher: "
+        f"`{lesson.teacher}`. Students: `python recipes/distill.py fit {lesson.common}`, and {flags}.",
+        goals,
+    )
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.4f}"
+    return mean if len(set(values)) == 1 else f"{mean} ({min(values):.4f} to {max(values):.4f})"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name).strip("-")

@@ -1,4 +1,4 @@
-"""Rows that a student writes itself: drawn by its own law, the same however a step is cut, without a loss of their own."""
+"""Rows that a student writes itself: by its own law, the same however a step is cut, without a loss of their own."""
 
 import pytest
 import torch
@@ -140,5 +140,7 @@ def test_what_cannot_be_written_is_one_line(flags, told, texts, decoder, tmp_pat
 
 
 def test_an_encoder_does_not_write(texts, encoder, tmp_path, capsys):
-    flags = flags_of(tmp_path, texts, encoder, **{"model.on_policy.share": 1, "model.student": "transformers.BertConfig"})
+    flags = flags_of(
+        tmp_path, texts, encoder, **{"model.on_policy.share": 1, "model.student": "transformers.BertConfig"}
+    )
     assert "is for what writes on" in refused(capsys, "--model=MaskedDistillation", *flags)
