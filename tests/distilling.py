@@ -23,7 +23,11 @@ def opened(texts: Path, teacher: Path | list[str], module=CausalDistillation, **
     """A module with its networks, and a batch."""
     data = Text(path=str(texts), seq_len=32, batch_size=4, val_fraction=0.2, objective=module.objective)
     names = [str(name) for name in teacher] if isinstance(teacher, list) else str(teacher)
-    made = module(teacher=names, **({"student": LlamaConfig(**SMALL)} | settings))
+    return started(module(teacher=names, **({"student": LlamaConfig(**SMALL)} | settings)), data)
+
+
+def started(made, data):
+    """The module with its networks, and a batch."""
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=10
     )

@@ -1,0 +1,350 @@
+"""A teacher for labels, spans and answers: what is matched by transformers alone, on each kind of data."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    LlamaConfig,
+    T5Config,
+)
+
+from datamodules.instructions import Instructions
+from datamodules.labelled import Labelled
+from datamodules.pairs import Pairs
+from datamodules.spans import Spans
+from lightning_modules.inner_signals import InnerSignals
+from lightning_modules.losses import IGNORED
+from lightning_modules.on_policy import OnPolicy
+from lightning_modules.student import PartOfTeacher
+from lightning_modules.task_distillation import (
+    ClassificationDistillation,
+    QuestionAnsweringDistillation,
+    TextGenerationDistillation,
+    TranslationDistillation,
+)
+from tests.distilling import SMALL, refused, run, started
+from tests.finetuning import pretrained, sentences, squad
+
+TINY_BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+ALL = InnerSignals(hidden=1.0, embeddings=1.0, cosine=1.0, attention=1.0, relations=1.0)
+
+
+def labels_of(kind: str, text: str, label: str) -> object:
+    return {"one": label, "several": [label, "long"], "number": len(text) / 100}[kind]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Texts with labels of each kind, spans, translations and answers."""
+    folder, rng = tmp_path_factory.mktemp("tasks"), random.Random(0)
+    texts = sentences(80)
+    for kind in ("one", "several", "number"):
+        rows = [{"text": text, "label": labels_of(kind, text, label)} for text, label in texts]
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "squad.json").write_text(json.dumps(squad(12, 40, unanswerable=True)))
+    words = ("the", "film", "was", "and", "its", "end")
+    pairs = [[rng.choice(words) for _ in range(rng.randrange(2, 8))] for _ in range(60)]
+    rows = [{"source": " ".join(row), "target": " ".join(reversed(row))} for row in pairs]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"instruction": row["source"], "output": row["target"]} for row in rows]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory, data, word_pieces) -> dict[str, Path]:
+    """Of each task, with weights as large as trained ones."""
+    found, folder = {}, tmp_path_factory.mktemp("teachers")
+    encoder, decoder = pretrained(folder / "encoder", "masked"), pretrained(folder / "decoder", "causal")
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    names = {"one": ["bad", "good"], "several": ["bad", "good", "long"], "number": ["LABEL_0"]}
+    problems = ("single_label_classification", "multi_label_classification", "regression")
+    for (kind, labels), problem in zip(names.items(), problems, strict=True):
+        torch.manual_seed(0)
+        config = BertConfig.from_pretrained(encoder, id2label=dict(enumerate(labels)), problem_type=problem)
+        network = BertForSequenceClassification.from_pretrained(encoder, config=config)
+        network.classifier.weight.data.normal_(0, 1)
+        found[kind] = folder / kind
+        network.save_pretrained(found[kind])
+        tokenizer.save_pretrained(found[kind])
+    pieces = AutoTokenizer.from_pretrained(word_pieces)
+    torch.manual_seed(0)
+    network = BertForQuestionAnswering(
+        BertConfig(vocab_size=len(pieces), initializer_range=0.3, **(TINY_BERT | {"num_hidden_layers": 2}))
+    )
+    found["spans"] = folder / "spans"
+    for part in (network, pieces):
+        part.save_pretrained(found["spans"])
+    found["answers"] = decoder
+    causal = AutoTokenizer.from_pretrained(decoder)
+    start = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": causal.eos_token_id}
+    torch.manual_seed(0)
+    network = AutoModelForSeq2SeqLM.from_config(
+        T5Config(
+            vocab_size=len(causal), d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=2, dropout_rate=0.1, **start
+        )
+    )
+    found["pairs"] = folder / "pairs"
+    for part in (network, causal):
+        part.save_pretrained(found["pairs"])
+    return found
+
+
+MODULES = {
+    "one": ClassificationDistillation,
+    "several": ClassificationDistillation,
+    "number": ClassificationDistillation,
+    "spans": QuestionAnsweringDistillation,
+    "answers": TextGenerationDistillation,
+    "pairs": TranslationDistillation,
+}
+
+
+def data_of(kind: str, data: Path):
+    common = {"batch_size": 4, "val_fraction": 0.2}
+    if kind == "spans":
+        return Spans(path=str(data / "squad.json"), max_length=60, stride=16, **common)
+    if kind == "pairs":
+        return Pairs(path=str(data / "pairs.jsonl"), **common)
+    if kind == "answers":
+        return Instructions(path=str(data / "answers.jsonl"), **common)
+    return Labelled(path=str(data / f"{kind}.jsonl"), **common)
+
+
+def small(kind: str):
+    if kind == "answers":
+        return LlamaConfig(**SMALL)
+    if kind == "pairs":
+        return T5Config(d_model=16, d_ff=32, d_kv=8, num_heads=2, num_layers=1)
+    return BertConfig(**TINY_BERT)
+
+
+def opened(kind: str, data: Path, teachers: dict[str, Path], **settings: object):
+    settings = {"student": small(kind), "teacher": str(teachers[kind])} | settings
+    module, batch = started(MODULES[kind](**settings), data_of(kind, data))
+    module.network.eval()
+    for teacher in module.teachers:
+        if teacher.network is not None:
+            teacher.network.float()
+    return module, batch
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_student_that_is_its_teacher_has_no_loss(kind, data, teachers):
+    module, batch = opened(kind, data, teachers, student=str(teachers[kind]), teacher="self", inner=ALL)
+    objective, nats, count, divergence, inner = module.training_loss(batch, 1.0)
+    assert float(nats) > 0 and int(count) > 0
+    assert abs(float(divergence)) < 2e-3 * int(count) and abs(float(inner)) < 2e-3 * int(count)
+    assert abs(float(objective)) < 4e-3 * int(count)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_without_its_weight_it_is_fine_tuning(kind, data, teachers):
+    module, batch = opened(kind, data, teachers, hard_weight=1.0)
+    objective, nats, count, _ = module.training_loss(batch, 2.0)
+    assert [float(x) for x in (objective, nats, count)] == [float(x) for x in module.loss(batch, 2.0)]
+    assert module.teachers[0].network is None
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_what_is_matched_is_what_transformers_gives(kind, data, teachers):
+    """Example by example; and the labels' own loss is that of fine-tuning."""
+    module, batch = opened(kind, data, teachers, temperature=2.0, hard_weight=0.25)
+    objective, nats, count, divergence = module.training_loss(batch, 1.0)
+    _, expected_nats, expected_count = module.loss(batch)
+    assert float(nats) == pytest.approx(float(expected_nats), rel=1e-4) and int(count) == int(expected_count)
+    teacher, student = module.teachers[0].network, module.network
+    with torch.no_grad():
+        expected = sum(direct(kind, {n: v[i : i + 1] for n, v in batch.items()}, teacher, student) for i in range(4))
+    assert float(divergence) == pytest.approx(float(expected), rel=2e-3)
+    squared = 1.0 if kind == "number" else 4.0
+    assert float(objective) == pytest.approx(0.75 * squared * float(divergence) + 0.25 * float(nats), rel=1e-4)
+
+
+def direct(kind: str, row: dict, teacher, student) -> torch.Tensor:
+    """KL at temperature 2 of one example, by transformers and torch alone."""
+    length = int(row["attention_mask"].sum())
+    inputs = {name: row[name][:, :length] for name in ("input_ids", "attention_mask")}
+    if kind == "answers":
+        p, q = (model(row["input_ids"]).logits[0] for model in (teacher, student))
+        keep = row["labels"][0] != IGNORED
+        return kl(p[keep], q[keep])
+    if kind == "pairs":
+        labels = row["labels"][:, : int((row["labels"] != IGNORED).sum())]
+        p, q = (model(**inputs, labels=labels).logits[0] for model in (teacher, student))
+        return kl(p, q)
+    if "token_type_ids" in row:
+        inputs["token_type_ids"] = row["token_type_ids"][:, :length]
+    found = [model(**inputs) for model in (teacher, student)]
+    if kind == "spans":
+        begin, end = row["contexts"][0].tolist()
+        places = [0, *range(begin, end)]
+        return sum(kl(*(model[name][:, places] for model in found)) for name in ("start_logits", "end_logits"))
+    p, q = (model.logits for model in found)
+    if kind == "number":
+        return (p - q).square().sum()
+    if kind == "several":
+        return kl(*(torch.stack([torch.zeros_like(x), x], -1).flatten(0, 1) for x in (p, q)))
+    return kl(p, q)
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return F.kl_div((q / 2).log_softmax(-1), (p / 2).softmax(-1), reduction="sum")
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_batch_is_the_sum_of_its_rows(kind, data, teachers):
+    module, batch = opened(kind, data, teachers, inner=ALL, hard_weight=0.5)
+    whole = [float(x) for x in module.training_loss(batch, 1.0)]
+    rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(4)]
+    parts = [[float(x) for x in module.training_loss(row, 1.0)] for row in rows]
+    assert [sum(column) for column in zip(*parts, strict=True)] == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_row_that_only_evens_out_the_ranks_counts_for_nothing(kind, data, teachers):
+    module, batch = opened(kind, data, teachers, inner=ALL)
+    before = [float(x) for x in module.training_loss({n: v[:3] for n, v in batch.items()}, 1.0)]
+    batch["rows"][3] = -1
+    if batch["labels"].ndim > 1 and kind != "several":
+        batch["labels"][3] = IGNORED
+    assert [float(x) for x in module.training_loss(batch, 1.0)] == pytest.approx(before, rel=1e-4)
+
+
+def test_a_teachers_labels_may_stand_in_another_order(data, teachers, tmp_path):
+    plain, batch = opened("one", data, teachers)
+    expected = float(plain.training_loss(batch, 1.0)[3])
+    shutil.copytree(teachers["one"], tmp_path / "other")
+    network = AutoModelForSequenceClassification.from_pretrained(teachers["one"])
+    for part in (network.classifier.weight, network.classifier.bias):
+        part.data.copy_(part.data.flip(0))
+    network.config.id2label, network.config.label2id = {0: "good", 1: "bad"}, {"good": 0, "bad": 1}
+    network.save_pretrained(tmp_path / "other")
+    other, _ = opened("one", data, teachers | {"one": tmp_path / "other"})
+    assert float(other.training_loss(batch, 1.0)[3]) == pytest.approx(expected, rel=1e-4)
+    ours, theirs = (module.logits(batch, module.teachers[0].network) for module in (other, plain))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)  # as validation reads it for the table
+
+
+def test_two_equal_teachers_are_one(data, teachers):
+    one, batch = opened("one", data, teachers)
+    two, _ = opened("one", data, teachers, teacher=[str(teachers["one"])] * 2)
+    found = [float(module.training_loss(batch, 1.0)[3]) for module in (one, two)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["one", "spans", "answers", "pairs"])
+def test_layers_of_the_teacher_bring_its_head(kind, data, teachers):
+    module, batch = opened(kind, data, teachers, student=PartOfTeacher([0, 1]))
+    whole = module.teachers[0].read().state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in module.network.state_dict().items())
+    assert abs(float(module.training_loss(batch, 1.0)[3])) < 2e-3 * int(module.label_count(batch))
+
+
+# What a student writes
+
+
+@pytest.mark.parametrize("kind", ["answers", "pairs"])
+def test_a_student_answers_up_to_the_end(kind, data, teachers):
+    module, batch = opened(kind, data, teachers, on_policy=OnPolicy(share=1.0))
+    end = module.trainer.datamodule.tokenizer.eos_token_id
+    with torch.no_grad():  # so that it ends early
+        module.network.get_output_embeddings().weight[end] = 3 * module.network.get_output_embeddings().weight.mean(0)
+    written, is_own_N = module.written(batch)
+    labels = written["labels"]
+    assert is_own_N.all() and len(is_own_N) == int((labels != IGNORED).sum())
+    lengths = (labels != IGNORED).sum(-1)
+    assert (lengths > 0).all()
+    for i in range(4):
+        answer = labels[i][labels[i] != IGNORED].tolist()
+        assert end not in answer[:-1]
+        assert answer[-1] == end or len(answer) == module.trainer.datamodule.longest_answer
+        if kind == "answers":
+            length = int(batch["prompt_lengths"][i])
+            whole = written["input_ids"][i, : length + len(answer) - 1].tolist()
+            assert whole == batch["input_ids"][i, :length].tolist() + answer[:-1]
+            assert (labels[i, : length - 1] == IGNORED).all() and labels[i, length - 1] == answer[0]
+    one, _ = module.written({name: value[1:2] for name, value in batch.items()})
+    assert one["labels"][0][one["labels"][0] != IGNORED].tolist() == labels[1][labels[1] != IGNORED].tolist()
+    objective, _, count, divergence = module.training_loss(batch, 1.0)
+    assert int(count) == len(is_own_N) and float(objective) == pytest.approx(float(divergence), rel=1e-5)
+
+
+# Runs
+
+
+def flags_of(kind: str, folder: Path, data: Path, teachers: dict[str, Path], **flags: object) -> list[str]:
+    file = {"spans": "squad.json", "pairs": "pairs.jsonl", "answers": "answers.jsonl"}.get(kind, f"{kind}.jsonl")
+    config = {"one": "distill_sentiment"}.get(kind, "distill_sentiment")
+    chosen = {
+        "config": f"recipes/{config}.yaml",
+        "model": MODULES[kind].__name__,
+        "model.teacher": teachers[kind],
+        "data.path": data / file,
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "trainer.max_epochs": 1,
+        "trainer.val_check_interval": 1.0,
+        "trainer.default_root_dir": folder,
+    } | flags
+    return [f"--{name}={value}" for name, value in chosen.items() if value is not None]
+
+
+def test_a_run_of_labels_ends_with_teacher_control_and_student(data, teachers, tmp_path, capsys):
+    student = {f"model.student.{name}": value for name, value in TINY_BERT.items()}
+    run("fit", *flags_of("one", tmp_path, data, teachers, **student, **{"model.inner.hidden": 1}))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    found = summary["comparison"]
+    assert list(found) == [str(teachers["one"]), "student", "without teacher"]
+    assert found["student"]["accuracy"] == pytest.approx(summary["val_accuracy"]) and summary["inner"] != "none"
+    assert found["student"]["nats"] == pytest.approx(summary["val_loss"], rel=1e-5)
+    control = json.loads((tmp_path / "control" / "summary.json").read_text())
+    assert found["without teacher"]["accuracy"] == pytest.approx(control["val_accuracy"])
+    assert "gap recovered" in capsys.readouterr().out
+    network = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert network.config.hidden_size == 16 and network.config.id2label == {0: "bad", 1: "good"}
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert sum(line["score"] for line in lines) / len(lines) == pytest.approx(summary["val_accuracy"])
+
+
+def test_a_teacher_of_other_labels_or_without_them_is_one_line(data, teachers, tmp_path, capsys):
+    assert "has the labels bad, good, long, the data bad, good" in refused(
+        capsys, *flags_of("one", tmp_path / "a", data, teachers, **{"model.teacher": teachers["several"]})
+    )
+    encoder = teachers["one"].parent / "encoder"
+    assert "is a BertForMaskedLM, no AutoModelForSequenceClassification" in refused(
+        capsys, *flags_of("one", tmp_path / "b", data, teachers, **{"model.teacher": encoder})
+    )
+
+
+def test_without_a_teacher_it_says_so(data, teachers, tmp_path, capsys, monkeypatch):
+    flags = flags_of("one", tmp_path, data, teachers, **{"model.teacher": None})
+    flags = [flag.replace("recipes/", f"{Path(__file__).parents[1]}/recipes/") for flag in flags]
+    monkeypatch.chdir(tmp_path)
+    assert "no run in runs/ could be the teacher" in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "told"),
+    [
+        ("spans", {"divergence": "mse"}, "take forward_kl"),
+        ("one", {"label_smoothing": 0.1}, "--model.label_smoothing is not for"),
+        ("pairs", {"label_smoothing": 0.1}, "--model.label_smoothing is not for"),
+        ("one", {"class_weights": {"bad": 2.0}}, "--model.class_weights is not for"),
+        ("one", {"teacher": "self"}, "the student is no folder"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(kind, settings, told, data, teachers):
+    with pytest.raises(ValueError, match=told):
+        opened(kind, data, teachers, **settings)
