@@ -17,16 +17,19 @@ SCRIPT = Path(__file__).parents[1] / "recipes" / "distill.py"
 
 
 def config(job: Job) -> dict[str, dict]:
-    """The YAML of the run; the job's task is "alone", "teacher" or "cache"."""
+    """The YAML of the run; the job's task is "alone", "teacher", "cache", or "peer" where the student is a folder."""
     size = job.size
     student = {"class_path": f"transformers.{size.config}", "init_args": size.fields}
+    teacher = job.model
+    if job.task == "peer":
+        student, teacher = f"{job.model}/student", f"{job.model}/teacher"
     cache = {"teacher_cache": job.data_file} if job.task == "cache" else {}
     return {
         "trainer": trainer(job, "bf16-true"),
         "model": {
             "class_path": "CausalDistillation",
             "init_args": {
-                "teacher": job.model,
+                "teacher": teacher,
                 "student": student,
                 "hard_weight": 1.0 if job.task == "alone" else 0.0,
                 "schedule": {"class_path": "Constant", "init_args": {"warmup_steps": 0}},

@@ -27,6 +27,7 @@ import finetuning
 import fused_loss
 import gpu
 import layer
+import peer_distillation
 import startup
 import tasks
 import teaching
@@ -49,7 +50,7 @@ PARTS = (
     "loading",
     "startup",
 )
-LONG = ("tasks", "teaching")
+LONG = ("tasks", "teaching", "peer_distillation")
 """Parts that run only when they are named."""
 
 
@@ -68,6 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=[group.name for group in tasks.GROUPS], help="of tasks")
     parser.add_argument("--lessons", nargs="+", choices=[x.name for x in teaching.LESSONS], help="of teaching")
     parser.add_argument("--keep", type=Path, help="a folder where finished runs of teaching stay and are not repeated")
+    parser.add_argument("--trl_python", type=Path, help="of an environment with TRL: see peer_distillation.py")
     parser.add_argument("--data_folder", type=Path, default=ROOT / "../shared/data", help="where the data of tasks are")
     parser.add_argument("--page", type=Path, help="where to write the page")
     options = parser.parse_args(arguments)
@@ -118,6 +120,8 @@ def measured(options: argparse.Namespace) -> Iterator[list[Table]]:
     if "teaching" in wanted:
         found = teaching.tables(options.lessons, options.data_folder, options.keep, options.seeds)
         yield from ([table] for table in found)
+    if "peer_distillation" in wanted:
+        yield peer_distillation.tables(options.trl_python, cores, options.rounds, options.turn_seconds)
     if "startup" in wanted:
         yield startup.tables(1 if options.quick else 5)
 
@@ -146,6 +150,8 @@ def check(options: argparse.Namespace) -> None:
     """Raises for what is missing, before anything is measured."""
     if options.gpu and not torch.cuda.is_available():
         raise ValueError("--gpu needs a CUDA device, and torch sees none; leave it out to measure on the CPU")
+    if "peer_distillation" in (options.only or ()) and options.trl_python is None:
+        raise ValueError("--only peer_distillation needs --trl_python: see benchmarks/peer_distillation.py")
     if time_to_loss.find_text(options.text) is None and "time_to_loss" in (options.only or ()):
         raise FileNotFoundError("--only time_to_loss needs tinyshakespeare's input.txt; pass it as --data.path")
 

@@ -83,6 +83,8 @@ class Job:
     data_file: str = ""
     model: str = ""
     """Folder of the model to begin with."""
+    steps: int = 0
+    """Of a run to its end; 0: as many as turns are taken."""
     by_length: bool = False
     """Whether the Trainer puts examples of one length beside each other."""
     commands: int = -1

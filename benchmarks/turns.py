@@ -86,16 +86,17 @@ class Turn:
 
 
 class Row:
-    """The side of the driver: starts the process, asks for turns, ends it with the block."""
+    """The side of the driver: starts the process, asks for turns, ends it with the block. A peer may need another
+    Python."""
 
-    def __init__(self, script: str, job: Job, threads: int):
+    def __init__(self, script: str, job: Job, threads: int, python: str = sys.executable):
         commands, self._commands = os.pipe()
         self._answers, answers = os.pipe()
         self.log = Path(job.folder) / f"{Path(script).stem}-{commands}.log"
         job = Job(**(asdict(job) | {"size": job.size, "commands": commands, "answers": answers}))
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(HERE / script), job.to_json()],
+                [python, str(HERE / script), job.to_json()],
                 pass_fds=(commands, answers),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
