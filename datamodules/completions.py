@@ -185,6 +185,19 @@ class Completions(Examples):
             label_bytes=from_numpy(np.where(examples_B < 0, 0, fields["label_bytes"][known_B])),
         )
 
+    def batches_in_order(self, first: int, last: int) -> Iterator[Batch]:
+        """The examples of training from one to another, as they stand in the data."""
+        for start in range(first, last, self.batch_size):
+            examples_B = np.arange(start, min(last, start + self.batch_size))
+            yield self.collate(self.store.train, examples_B, examples_B)
+
+    @abstractmethod
+    def row(self, record: Record, answers: list[str]) -> dict[str, object]:
+        """An example with these right answers, as a line of a file that this class reads."""
+
+    def held_out_rows(self) -> Iterator[dict[str, object]]:
+        return (self.row(record, record["references"]) for record in self.store.records("val"))
+
     # What it is
 
     def shown(self, example: int) -> list[tuple[str, bool]]:

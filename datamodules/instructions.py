@@ -59,6 +59,9 @@ class Instructions(Completions):
             return record["messages"]
         return [{"role": "user", "content": record["input"]}]
 
+    def row(self, record: Record, answers: list[str]) -> dict[str, object]:
+        return {"messages": [*self.conversation(record), {"role": "assistant", "content": answers[0]}]}
+
     def key(self, record: Record) -> str:
         return "\0".join(message["content"] for message in self.conversation(record))
 

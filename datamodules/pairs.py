@@ -64,6 +64,9 @@ class Pairs(Completions):
     def conversation(self, record: Record) -> list[Message]:
         return [{"role": "user", "content": self.prefix + record["source"]}]
 
+    def row(self, record: Record, answers: list[str]) -> dict[str, object]:
+        return {"source": record["source"], "target": answers}
+
     def key(self, record: Record) -> str:
         return record["source"]
 

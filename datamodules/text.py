@@ -163,14 +163,18 @@ class Text(Ordered):
     def write_cache(self, folder: Path, about: About, kept: Kept, rank: int = 0, ranks: int = 1) -> Iterator[int]:
         """Writes what is kept of the rows of training, in their order; yields the number of rows after each shard."""
         write_header(folder, about)
+        return write_shards(folder, about, self.batches_in_order, kept, rank, ranks)
+
+    def batches_in_order(self, first: int, last: int) -> Iterator[Batch]:
+        """The rows of training from a place of their order to another."""
         order = Shuffled(self.rows_per_epoch, self.seed)
+        for start in range(first, last, self.batch_size):
+            places_B = np.arange(start, min(last, start + self.batch_size))
+            yield self.train_rows.__getitems__(np.stack([places_B, order(places_B)]))
 
-        def batches(first: int, last: int) -> Iterator[Batch]:
-            for start in range(first, last, self.batch_size):
-                places_B = np.arange(start, min(last, start + self.batch_size))
-                yield self.train_rows.__getitems__(np.stack([places_B, order(places_B)]))
-
-        return write_shards(folder, about, batches, kept, rank, ranks)
+    def held_out_rows(self) -> Iterator[dict[str, str]]:
+        """Documents, as lines of a file that this class reads."""
+        return ({"text": text} for text in self.corpus.documents("val"))
 
     def _open(self, build: bool) -> None:
         """Finds the corpus, its tokenizer and its tokens; makes what is missing where `build` allows."""

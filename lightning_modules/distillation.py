@@ -89,7 +89,7 @@ class Distilled(Taught, LanguageModule):
         if self.architecture.is_encoder_decoder:
             self.architecture.decoder_start_token_id = self.teachers[0].config.decoder_start_token_id
         network = build(self.architecture, self.auto_class, self.seed)
-        self.student.fill(network, self.teachers[0].read())
+        self.directions_cC = self.student.fill(network, self.teachers[0].read())
         return network
 
     @property
@@ -176,8 +176,10 @@ class Distilled(Taught, LanguageModule):
         return {"encoder": seen_by(is_read_BT, count_B, False, positions_BT), "decoder": written}
 
     @torch.no_grad()
-    def written(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The first part of a row is the text's, and carries no loss; the rest is the student's."""
+    def written(
+        self, batch: dict[str, Tensor], network: PreTrainedModel | None = None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The first part of a row is the text's, and carries no loss; the rest is the student's, or another's."""
         ids_BT, labels_BT, T = batch["input_ids"], batch["labels"], batch["input_ids"].shape[1]
         prompt = self.on_policy.prompt_tokens or max(1, T // 4)
         numbers_BU = self.on_policy.numbers(self.seed, batch["rows"], T + 1 - prompt).to(ids_BT.device)
@@ -194,12 +196,20 @@ class Distilled(Taught, LanguageModule):
         )
         prompts = {"input_ids": ids_BT[own_B, :prompt]}
         drawn = (numbers_BU[own_B, 1:], self.vocabulary, self.on_policy.temperature)
-        own_bT = write(self.network, prompts, *drawn, settings)
+        own_bT = write(network or self.network, prompts, *drawn, settings)
         labels_bT = own_bT[:, 1:].clone()
         labels_bT[:, : prompt - 1] = IGNORED
         changed = {"input_ids": ids_BT.index_copy(0, own_B, own_bT[:, :-1])}
         changed["labels"] = labels_BT.index_copy(0, own_B, labels_bT)
         return batch | changed, is_own_B[:, None].expand(-1, T).flatten()
+
+    def teachers_rows(self, batch: dict[str, Tensor]) -> list[dict[str, str]]:
+        """Rows of text that the teacher writes from their beginnings."""
+        batch = {name: value.to(self.teachers[0].network.device) for name, value in batch.items()}
+        written, _ = self.written(batch, self.teachers[0].network)
+        tokenizer = self.trainer.datamodule.tokenizer
+        whole_BT = torch.cat([written["input_ids"], written["labels"][:, -1:].clamp(min=0)], 1)
+        return [{"text": tokenizer.decode(ids, skip_special_tokens=True)} for ids in whole_BT.tolist()]
 
     @torch.no_grad()
     def kept_words(self, batch: dict[str, Tensor], about: KeptAs, seed: int) -> dict[str, np.ndarray]:

@@ -103,7 +103,14 @@ def seen_by(
 class InnerLoss(nn.Module):
     """Of a student and its teacher; its projections are trained beside the student, and are no part of it."""
 
-    def __init__(self, signals: InnerSignals, student: PreTrainedModel, teacher: PreTrainedModel):
+    def __init__(
+        self,
+        signals: InnerSignals,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        directions_cC: Tensor | None = None,
+    ):
+        """`directions_cC` are those of the teacher's hidden states that the student's begin as."""
         super().__init__()
         self.signals = signals
         self.of_student, self.of_teacher = Activations(student), Activations(teacher)
@@ -120,6 +127,9 @@ class InnerLoss(nn.Module):
         widths = [network.config.get_text_config().hidden_size for network in (student, teacher)]
         projected = self._projected() if widths[0] != widths[1] else []
         self.projections = nn.ModuleDict({name: nn.Linear(*widths, bias=False) for name in projected})
+        if directions_cC is not None:
+            for projection in self.projections.values():
+                projection.weight.data.copy_(directions_cC.T)
 
     @torch.no_grad()
     def _require_heads(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:

@@ -63,11 +63,13 @@ class PartOfTeacher:
         return config
 
     @torch.no_grad()
-    def fill(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-        """Copies weights, in place. Raises ValueError for a layout of which the layers or the parts are not known."""
+    def fill(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Tensor:
+        """Copies weights, in place; returns (c, C) the directions of the teacher's hidden states that the student's
+        are. Raises ValueError for a layout of which the layers or the parts are not known."""
         whole, copied_layers = teacher.state_dict(), False
         widths = [network.config.get_text_config().hidden_size for network in (student, teacher)]
-        directions_cC = principal_directions(teacher)[: widths[0]] if self.narrow == "project" else None
+        is_projected = self.narrow == "project" and widths[0] < widths[1]
+        directions_cC = (principal_directions(teacher) if is_projected else torch.eye(widths[1]))[: widths[0]]
         for name, part in student.state_dict().items():
             if match := LAYER.search(name):
                 copied_layers = True
@@ -78,12 +80,13 @@ class PartOfTeacher:
             if part.shape != whole[name].shape and FUSED.search(name):
                 raise ValueError(f"--model.student.fields cuts {name}, which holds several matrices; leave fields out")
             weight = whole[name]
-            if directions_cC is not None and widths[0] < widths[1]:
+            if is_projected:
                 weight = projected(name, weight, part.shape, directions_cC)
             part.copy_(weight[tuple(slice(size) for size in part.shape)])
         if not copied_layers:
             kind = type(teacher.config).__name__
             raise ValueError(f"--model.student.teacher_layers does not know the layers of {kind}; pass an architecture")
+        return directions_cC
 
 
 def projected(name: str, weight: Tensor, shape: torch.Size, directions_cC: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class TaskDistillation(Taught, FineTune):
             for name, value in fields.items():
                 setattr(self.architecture, name, value)
             network = auto_class.from_config(self.architecture)
-            self.student.fill(network, self.teachers[0].read())
+            self.directions_cC = self.student.fill(network, self.teachers[0].read())
             return network
         return super().new_network(auto_class, fields)
 
@@ -104,7 +104,8 @@ class TaskDistillation(Taught, FineTune):
             yield
         finally:
             self.network, self.predictions = own, predictions
-            self.prepare(self.plain_network)
+            if own is not None:
+                self.prepare(self.plain_network)
 
     @torch.no_grad()
     def judged(self, network: PreTrainedModel) -> dict[str, float]:
@@ -214,6 +215,19 @@ class CompletionDistillation(TaskDistillation, Completion):
             return {"layers": seen_by(up_to_last_label(batch["labels"]), count_B, True)}
         encoder = seen_by(batch["attention_mask"].bool(), count_B, False)
         return {"encoder": encoder, "decoder": seen_by(up_to_last_label(batch["labels"]), count_B, True)}
+
+    def teachers_rows(self, batch: dict[str, Tensor]) -> list[dict[str, object]]:
+        """The examples with the teacher's answers instead of theirs."""
+        data = self.trainer.datamodule
+        batch = {name: value.to(self.teachers[0].network.device) for name, value in batch.items()}
+        with self.with_network(self.teachers[0].network):
+            answers = self.write(batch)
+        pairs = zip(batch["rows"].tolist(), answers, strict=True)
+        return [data.row(self.training_records[row], [text]) for row, (text, _) in pairs]
+
+    @cached_property
+    def training_records(self) -> list[dict[str, object]]:
+        return self.trainer.datamodule.store.records("train")
 
     @torch.no_grad()
     def written(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:

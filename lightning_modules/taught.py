@@ -77,6 +77,8 @@ class Taught(ScheduledStep):
         self.beta, self.alpha = beta, alpha
         self.inner, self.on_policy = inner, on_policy
         self.more_sums = ("divergence", "inner") if inner is not None else ("divergence",)
+        self.directions_cC: Tensor | None = None
+        """Of the teacher's hidden states, those that the student's begin as; None where it is new."""
         self._weights: Weights | None = None
         if inner is not None:
             inner.require_range()
@@ -139,7 +141,8 @@ class Taught(ScheduledStep):
         if self.inner is not None and self.learns_from_teachers:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
-                self.inner_loss = InnerLoss(self.inner, self.network, self.teachers[0].network)
+                teacher = self.teachers[0].network
+                self.inner_loss = InnerLoss(self.inner, self.network, teacher, self.directions_cC)
 
     def trained_groups(self) -> list[dict]:
         groups = super().trained_groups()

@@ -20,7 +20,6 @@ from datamodules.ordered import Ordered
 from datamodules.pairs import Pairs
 from datamodules.spans import Spans
 from datamodules.text import Text
-from lightning_modules.caching_trainer import CachingTrainer
 from lightning_modules.cli import main
 from lightning_modules.distillation import CausalDistillation, DenoisingDistillation, MaskedDistillation
 from lightning_modules.task_distillation import (
@@ -31,6 +30,7 @@ from lightning_modules.task_distillation import (
     TranslationDistillation,
 )
 from lightning_modules.taught import Taught
+from lightning_modules.teacher_trainer import TeacherTrainer
 
 OF_TEXT = (CausalDistillation, DenoisingDistillation, MaskedDistillation)
 OF_TASKS = (
@@ -51,7 +51,7 @@ def train_teacher(words: list[str]) -> None:
     """Leaves a pretraining in runs/ where a run is to begin, names no teacher and no YAML, and would find none."""
     flags = {word.partition("=")[0] for word in words}
     given = {"-h", "--help", "-c", "--config", "--model", "--model.teacher", "--model.class_path"}
-    if words[:1] not in (["fit"], ["cache"], ["verify"]) or flags & given or "RANK" in os.environ:
+    if words[:1] not in (["fit"], ["cache"], ["write"], ["verify"]) or flags & given or "RANK" in os.environ:
         return
     if CausalDistillation.default_teacher() is None:
         print("no pretraining in runs/ to learn from: training a teacher first, for 75 s", file=sys.stderr)
@@ -73,4 +73,4 @@ def of_the_text(words: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     train_teacher(sys.argv[1:])
-    main(Taught, CausalDistillation, Ordered, Path(__file__), __doc__, trainer=CachingTrainer)
+    main(Taught, CausalDistillation, Ordered, Path(__file__), __doc__, trainer=TeacherTrainer)
