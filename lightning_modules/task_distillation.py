@@ -217,13 +217,14 @@ class CompletionDistillation(TaskDistillation, Completion):
         return {"encoder": encoder, "decoder": seen_by(up_to_last_label(batch["labels"]), count_B, True)}
 
     def teachers_rows(self, batch: dict[str, Tensor]) -> list[dict[str, object]]:
-        """The examples with the teacher's answers instead of theirs."""
+        """The examples with the teacher's answers instead of theirs, but where it writes nothing."""
         data = self.trainer.datamodule
         batch = {name: value.to(self.teachers[0].network.device) for name, value in batch.items()}
         with self.with_network(self.teachers[0].network):
             answers = self.write(batch)
         pairs = zip(batch["rows"].tolist(), answers, strict=True)
-        return [data.row(self.training_records[row], [text]) for row, (text, _) in pairs]
+        records = self.training_records
+        return [data.row(records[row], [text] if text else records[row]["references"]) for row, (text, _) in pairs]
 
     @cached_property
     def training_records(self) -> list[dict[str, object]]:

@@ -1,5 +1,8 @@
 """Rows that a student writes itself: by its own law, the same however a step is cut, without a loss of their own."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -7,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from lightning_modules.losses import IGNORED
 from lightning_modules.on_policy import ByNumbers, OnPolicy
 from lightning_modules.student import PartOfTeacher
-from tests.distilling import as_command, fit, flags_of, opened, refused
+from tests.distilling import as_command, fit, flags_of, opened, refused, run
 from tests.faults import signal_at, state
 
 ALL_OWN = OnPolicy(share=1.0, prompt_tokens=8)
@@ -120,8 +123,6 @@ def test_a_killed_run_and_two_ranks_write_the_same(texts, decoder, tmp_path):
     found = fit(tmp_path / "one", texts, decoder, **own, **one)
     (tmp_path / "two").mkdir()
     assert as_command(tmp_path / "two", flags_of(tmp_path / "two", texts, decoder, **own, **two)) == 0
-    import json
-
     other = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert found["val_loss"] == pytest.approx(other["val_loss"], rel=1e-5)
 
@@ -144,3 +145,25 @@ def test_an_encoder_does_not_write(texts, encoder, tmp_path, capsys):
         tmp_path, texts, encoder, **{"model.on_policy.share": 1, "model.student": "transformers.BertConfig"}
     )
     assert "is for what writes on" in refused(capsys, "--model=MaskedDistillation", *flags)
+
+
+def test_a_teacher_writes_rows_of_text_and_goes_on_where_it_was_cut(texts, decoder, tmp_path):
+    kept = ("model.", "data.", "trainer.accelerator")
+    common = [flag for flag in flags_of(tmp_path, texts, decoder) if flag[2:].startswith(kept)]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run("write", f"--folder={whole}", "--rows=10", *common)
+    lines = (whole / "train.jsonl").read_text()
+    assert lines.count("\n") == 10
+    shutil.copytree(whole, cut)
+    (cut / "train.jsonl").write_text(lines[:-30])
+    run("write", f"--folder={cut}", "--rows=10", *common)
+    assert (cut / "train.jsonl").read_text() == lines
+    held_out = [json.loads(line)["text"] for line in (whole / "val.jsonl").read_text().splitlines()]
+    assert held_out and all(text in [file.read_text() for file in texts.glob("*.txt")] for text in held_out)
+    module, batch = opened(texts, decoder)
+    batch = next(iter(module.trainer.datamodule.batches_in_order(0, 4)))
+    prompt = module.trainer.datamodule.tokenizer.decode(batch["input_ids"][2, :8], skip_special_tokens=True)
+    assert json.loads(lines.splitlines()[2])["text"].startswith(prompt)
+    with pytest.raises(SystemExit) as stop:
+        run("write", f"--folder={cut}", "--rows=11", *common)
+    assert stop.value.code == 2

@@ -348,3 +348,55 @@ def test_without_a_teacher_it_says_so(data, teachers, tmp_path, capsys, monkeypa
 def test_what_does_not_go_together_is_refused(kind, settings, told, data, teachers):
     with pytest.raises(ValueError, match=told):
         opened(kind, data, teachers, **settings)
+
+
+# What a teacher writes
+
+
+@pytest.mark.parametrize("kind", ["answers", "pairs"])
+def test_a_teacher_writes_its_answers_and_goes_on_where_it_was_cut(kind, data, teachers, tmp_path):
+    name = {"answers": "answers", "pairs": "pairs"}[kind]
+    common = [
+        f"--model={MODULES[kind].__name__}",
+        f"--model.teacher={teachers[kind]}",
+        f"--model.student={teachers[kind]}",
+    ]
+    common += [f"--data={'Pairs' if kind == 'pairs' else 'Instructions'}", f"--data.path={data / f'{name}.jsonl'}"]
+    common += [
+        "--data.val_fraction=0.2",
+        "--data.batch_size=8",
+        "--model.max_new_tokens=6",
+        "--trainer.accelerator=cpu",
+    ]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run("write", f"--folder={whole}", *common)
+    shutil.copytree(whole, cut)
+    lines = (whole / "train.jsonl").read_text()
+    (cut / "train.jsonl").write_text(lines[: len(lines) // 2])  # in the middle of a line
+    run("write", f"--folder={cut}", *common)
+    assert (cut / "train.jsonl").read_text() == lines
+    rows = [json.loads(line) for line in lines.splitlines()]
+    held_out = [json.loads(line) for line in (whole / "val.jsonl").read_text().splitlines()]
+    assert len(rows) + len(held_out) == 60
+    module, _ = opened(kind, data, teachers, max_new_tokens=6)
+    stored = module.trainer.datamodule.store.records("train")
+    with module.with_network(module.teachers[0].network):
+        batch = next(iter(module.trainer.datamodule.batches_in_order(5, 6)))
+        answer = module.write(batch)[0][0]
+    if kind == "pairs":
+        assert rows[5] == {"source": stored[5]["source"], "target": [answer]}
+        assert held_out[0]["target"] == [" ".join(reversed(held_out[0]["source"].split()))]
+    else:
+        assert rows[5]["messages"][-1] == {"role": "assistant", "content": answer}
+    with pytest.raises(SystemExit):
+        run("write", f"--folder={cut}", *common, "--rows=3")
+
+
+def test_what_does_not_write_is_one_line(data, teachers, tmp_path, capsys):
+    flags = ["--config=recipes/distill_sentiment.yaml", f"--model.teacher={teachers['one']}"]
+    with pytest.raises(SystemExit) as stop:
+        run("write", f"--folder={tmp_path / 'w'}", *flags, f"--data.path={data / 'one.jsonl'}")
+    assert stop.value.code == 2 and "does not write" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        run("cache", f"--folder={tmp_path / 'w'}", *flags, f"--data.path={data / 'one.jsonl'}")
+    assert stop.value.code == 2 and "a cache is of the words of a text" in capsys.readouterr().err
