@@ -7,7 +7,6 @@ import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from lightning_modules.distillation import Distilled
 from lightning_modules.distillation_loss import Matching, Sparse, kept_words, linear_distillation
 from lightning_modules.finetune import FineTune
 from lightning_modules.losses import IGNORED, Head
+from lightning_modules.taught import Taught
 
 WINDOW = 32
 """Tokens of held-out text that count as seen in training where they stand there in a row."""
@@ -64,8 +64,10 @@ class Checks(Callback):
         else:
             checks += [labels(trainer, batch), overlap(trainer)]
             lines = loss_positions(trainer, batch)
+        if isinstance(module, Taught):
+            checks.append(own_teacher(module, batch))
         if isinstance(module, Distilled):
-            checks += [own_teacher(module, batch), drawn_words(module, batch)]
+            checks.append(drawn_words(module, batch))
         if module.objective == "causal":
             checks += [packed(trainer, module), generation(trainer, module, batch)]
         module.network.train()
@@ -240,13 +242,13 @@ def held_out_apart(trainer: Trainer) -> Check:
 
 
 @torch.no_grad()
-def own_teacher(module: Distilled, batch: dict[str, Tensor]) -> Check:
+def own_teacher(module: Taught, batch: dict[str, Tensor]) -> Check:
     """The divergence of the teacher from itself, by the loss of the run."""
     module.load_teachers()
-    head, labels_N = module.teachers[0].head(partial(module.read, batch)), batch["labels"].flatten()
-    _, _, value = linear_distillation(head, [head], labels_N, module.weights().matching, words=module.vocabulary)
-    figure = abs(float(value)) / max(1, int((labels_N != IGNORED).sum()))
-    return at_most("a student like its teacher", "divergence in nats per token", figure, 1e-5)
+    head, labels_N = module.teacher_head(batch, module.teachers[0]), module.labels(batch)
+    _, _, value = module.matched(head, [head], labels_N, None, module.weights().matching, 1.0)
+    figure = abs(float(value)) / max(1, len(labels_N))
+    return at_most("a student like its teacher", "divergence per label", figure, 1e-5)
 
 
 @torch.no_grad()
