@@ -120,6 +120,8 @@ class TaskDistillation(Taught, FineTune):
 class ClassificationDistillation(TaskDistillation, Classification):
     """Of labels. The teacher has the same ones, in any order; of numbers the squared distance is matched."""
 
+    counted = "example"
+
     @cached_property
     def orders(self) -> dict[int, Tensor]:
         """For each teacher's network the places of the data's labels among its own."""
@@ -174,6 +176,8 @@ class ClassificationDistillation(TaskDistillation, Classification):
 
 class QuestionAnsweringDistillation(TaskDistillation, QuestionAnswering):
     """Of an answer's first and of its last token."""
+
+    counted = "window"
 
     def __init__(self, **settings: object):
         super().__init__(**settings)

@@ -5,7 +5,7 @@ Shape suffixes: B rows, T positions, N any count of labels.
 
 from abc import abstractmethod
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -175,6 +175,8 @@ class Taught(ScheduledStep):
         """A batch in which the student has written some rows, and (N,) whether a label is its own."""
         return batch, None
 
+    counted: ClassVar[str] = "token"
+    """What has a label."""
     vocabulary: int | None = None
     """Ids that count, of both models; None: all."""
 

@@ -26,7 +26,7 @@ OF_THIS_RUN = (
     *("WANDB_RUN_ID", "WANDB_RESUME"),
 )
 """Of the environment, what another run must not be told."""
-TITLES = {"nats": "nats a label", "kl_to_teacher": "KL to teacher", "milliseconds": "ms a row"}
+TITLES = {"kl_to_teacher": "KL to teacher", "milliseconds": "ms a row"}
 FORMATS = {"parameters": ",", "milliseconds": ".1f"}
 TIMES = 20
 """Forward passes of which the latency is the median."""
@@ -62,7 +62,7 @@ class Comparison(Callback):
         }
         if not trainer.is_global_zero:
             return
-        print_table(found)
+        print_table(found, f"nats per {module.counted}")
         more = {"comparison": found}
         if "without teacher" in found:
             recovered = gap_recovered(*(found[name]["nats"] for name in ("without teacher", "student", module.start)))
@@ -132,9 +132,9 @@ def gap_recovered(control: float, student: float, teacher: float) -> float | Non
     return 100 * (control - student) / (control - teacher) if control > teacher else None
 
 
-def print_table(found: dict[str, dict[str, float]]) -> None:
+def print_table(found: dict[str, dict[str, float]], loss: str) -> None:
     """A row for each network, a column for each figure."""
-    titles = [TITLES.get(name, name.replace("_", " ")) for name in next(iter(found.values()))]
+    titles = [({"nats": loss} | TITLES).get(name, name.replace("_", " ")) for name in next(iter(found.values()))]
     width = max(map(len, found))
     print(" " * width, *titles, sep="  ")
     for name, row in found.items():
