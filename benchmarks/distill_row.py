@@ -35,7 +35,7 @@ def config(job: Job) -> dict[str, dict]:
                 "schedule": {"class_path": "Constant", "init_args": {"warmup_steps": 0}},
             },
         },
-        "data": {"seq_len": size.seq_len, "batch_size": size.batch_size} | cache,
+        "data": {"class_path": "Text", "init_args": {"seq_len": size.seq_len, "batch_size": size.batch_size} | cache},
     }
 
 

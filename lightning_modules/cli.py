@@ -163,9 +163,7 @@ class RecipeCLI(LightningCLI):
         parser.set_defaults({"model": {"class_path": f"{self.default_model.__module__}.{self.default_model.__name__}"}})
         if issubclass(self.default_model, LanguageModule):
             parser.add_lightning_class_args(Samples, "samples")
-            if self.subclass_mode_data:
-                parser.set_defaults({"data": {"class_path": "datamodules.text.Text"}})
-            else:
+            if not self.subclass_mode_data:
                 parser.link_arguments("model", "data.objective", compute_fn=_objective)
         if issubclass(self.default_model, Taught):
             parser.add_lightning_class_args(Comparison, "comparison")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -312,6 +313,8 @@ def test_a_run_of_labels_ends_with_teacher_control_and_student(data, teachers, t
     control = json.loads((tmp_path / "control" / "summary.json").read_text())
     assert found["without teacher"]["accuracy"] == pytest.approx(control["val_accuracy"])
     assert "gap recovered" in capsys.readouterr().out
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["data"]["init_args"]["val_fraction"] == 0.1  # its own default, not another kind of data's
     network = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     assert network.config.hidden_size == 16 and network.config.id2label == {0: "bad", 1: "good"}
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
