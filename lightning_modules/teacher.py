@@ -6,8 +6,9 @@ So it is in no checkpoint, optimizer or bucket of gradients, and stays in eval m
 import copy
 import hashlib
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -22,6 +23,7 @@ from lightning_modules.losses import Head
 from lightning_modules.model_folder import find_folder, load_tokenizer, max_positions
 from lightning_modules.token_loss import TokenLoss
 
+Answer = TypeVar("Answer")
 KEPT = 1e-3
 """Nats per token that a teacher's distribution may move by for its weights to be bf16."""
 
@@ -117,16 +119,14 @@ class Teacher:
         return TokenLoss(self.network)
 
     @torch.no_grad()
-    def asked(self, read: Callable[[PreTrainedModel], Tensor]) -> Tensor:
+    def asked(self, read: Callable[[PreTrainedModel], Answer]) -> Answer:
         """What its network makes of something, in its own precision whatever the student's is."""
         with torch.autocast(self.network.device.type, enabled=False):
             return read(self.network)
 
-    @torch.no_grad()
     def head(self, forward: Callable[[PreTrainedModel], ModelOutput]) -> Head:
-        """What makes its logits of all positions, N = B · T, in its own precision whatever the student's is."""
-        with torch.autocast(self.network.device.type, enabled=False):
-            return self._token_loss.head(lambda: forward(self.network))
+        """What makes its logits of all positions, N = B · T."""
+        return self.asked(lambda network: self._token_loss.head(partial(forward, network)))
 
     def describe(self) -> str:
         parameters = sum(p.numel() for p in self.network.parameters())
