@@ -591,7 +591,7 @@ MUTANTS = (
         "lightning_modules/taught.py",
         'return groups + ([{"params": projections, "kind": "embedding"}] if projections else [])',
         "return groups",
-        "tests/test_inner_signals.py -k projections_learn",
+        "tests/test_inner_signals.py -k trained_beside",
     ),
     Mutant(
         "S8",

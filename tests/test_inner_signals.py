@@ -196,6 +196,12 @@ def test_each_signal_adds_its_weighted_sum_to_the_objective(texts, decoder):
     assert total > 0
 
 
+def test_projections_are_trained_beside_the_student(texts, decoder):
+    module, _ = opened(texts, decoder, inner=ALL)
+    trained = {id(p) for group in module.trained_groups() for p in group["params"]}
+    assert {id(p) for p in module.parameters()} == trained and list(module.inner_loss.parameters())
+
+
 def test_a_row_without_labels_and_padding_add_nothing(texts, decoder):
     module, batch = opened(texts, decoder, inner=ALL)
     module.network.eval()
