@@ -217,10 +217,15 @@ class Text(Ordered):
             return f"the standard library of Python {sys.version_info.major}.{sys.version_info.minor}"
         return self.path if isinstance(self.path, str) else ", ".join(self.path)
 
+    @property
+    def document_start(self) -> int:
+        """The id that stands before each document."""
+        return document_start(self.tokenizer)
+
     # Rows
 
     def _rows(self, stream: TokenStream) -> Rows:
-        start_id = document_start(self.tokenizer)
+        start_id = self.document_start
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else start_id
         apart = not self.cross_document_attention
         if self.objective == "causal":

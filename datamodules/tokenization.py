@@ -218,7 +218,11 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that stands before each document: end of text, else BERT's [CLS], else the begin of text."""
+    """The id that stands before each document: what the tokenizer itself puts before a text (Llama's begin of text,
+    BERT's [CLS]); else end of text, else [CLS], else begin of text."""
+    whole, plain = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    if len(whole) > len(plain) and whole[:1] != plain[:1]:
+        return whole[0]
     for token in (tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.bos_token_id):
         if token is not None:
             return token

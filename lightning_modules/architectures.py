@@ -35,6 +35,9 @@ def fit_config(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, voc
         config.max_position_embeddings = seq_len
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = tokenizer.eos_token_id
+    begin = tokenizer.bos_token_id
+    if not config.is_encoder_decoder and begin not in (None, tokenizer.eos_token_id) and _is_put_first(tokenizer):
+        config.eos_token_id = [tokenizer.eos_token_id, begin]  # with which the next document begins
     # A row of the embedding at pad_token_id never learns (nn.Embedding's padding_idx): only for a real padding token.
     config.pad_token_id = tokenizer.pad_token_id
     for name in ("cls_token_id", "sep_token_id"):
@@ -42,6 +45,11 @@ def fit_config(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, voc
             setattr(config, name, getattr(tokenizer, name))
     if config.is_encoder_decoder:
         config.decoder_start_token_id = tokenizer.bos_token_id or tokenizer.pad_token_id or tokenizer.eos_token_id
+
+
+def _is_put_first(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its begin of text before each text."""
+    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def build(config: PreTrainedConfig, auto_class: type, seed: int) -> PreTrainedModel:

@@ -143,16 +143,9 @@ def labels(trainer: Trainer, batch: dict[str, Tensor]) -> Check:
         return Check("labels", f"{share:.1%} of the positions carry loss", 0 < share < 1)
     shifted = bool((ids_BT[:, 1:] == labels_BT[:, :-1])[carries_BT[:, :-1]].all())
     starts = data.store.train.document_bounds[:-1]
-    ends = int((np.asarray(data.store.train.tokens_N[starts]) == document_start(data)).sum())
+    ends = int((np.asarray(data.store.train.tokens_N[starts]) == data.document_start).sum())
     measured = f"{share:.1%} carry loss, each the next token; {ends:,} of {len(starts):,} documents are set apart"
     return Check("labels", measured, shifted and share > 0 and ends == len(starts))
-
-
-def document_start(data) -> int:
-    """The token between documents."""
-    tokenizer = data.tokenizer
-    ids = (tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.bos_token_id)
-    return next(token for token in ids if token is not None)
 
 
 def loss_positions(trainer: Trainer, batch: dict[str, Tensor], rows: int = 3, tokens: int = 12) -> list[str]:

@@ -231,3 +231,25 @@ def test_a_folder_that_holds_no_tokenizer_is_said_in_one_line(tmp_path, content)
     with pytest.raises((OSError, ValueError)) as error:
         load_tokenizer(str(tmp_path))
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_documents_begin_with_what_the_tokenizer_itself_puts_before_a_text():
+    """So a model that was trained with it reads the beginning that it knows, in training as in scoring."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.processors import TemplateProcessing
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    from lightning_modules.architectures import fit_config
+
+    backend = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}, "<unk>"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    plain = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    assert document_start(plain) == 2
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    begun = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    assert document_start(begun) == 1 and fingerprint(begun) != fingerprint(plain)
+    for tokenizer, ends in ((plain, 2), (begun, [2, 1])):
+        config = LlamaConfig()
+        fit_config(config, tokenizer, 4, 8)
+        assert config.eos_token_id == ends  # what generation stops at

@@ -139,7 +139,7 @@ def save_model(folder: Path, module: LightningModule, tokenizer, card: str) -> N
     """A folder that AutoModelFor….from_pretrained and AutoTokenizer load, with a card; replaced whole or not at all."""
     network = module.exported()
     if network.can_generate() and not isinstance(module, FineTune):  # which says itself how answers are written
-        network.generation_config.eos_token_id = tokenizer.eos_token_id
+        network.generation_config.eos_token_id = network.config.eos_token_id or tokenizer.eos_token_id
         pad = tokenizer.pad_token_id
         network.generation_config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
     transformers.utils.logging.disable_progress_bar()
