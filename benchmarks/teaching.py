@@ -2,7 +2,7 @@
 
 Run:
     python benchmarks/run.py --only teaching --page docs/benchmarks.md --keep runs/teaching      two hours on 2 cores
-    python benchmarks/run.py --only teaching --lessons stories
+    python benchmarks/run.py --only teaching --lessons stories sst2
 
 `--keep` names a folder whose finished runs are not repeated, so that an interrupted measurement goes on. What needs
 data or a model that are not here is left out, and said.
@@ -53,7 +53,8 @@ class Lesson:
     shown: tuple[str, ...]
     """Of the comparison in summary.json; the first is what the gap is measured by."""
     folder: str | None = None
-    """Of the data, in the data folder; {data} in flags, where {stories} and {minilm} are models."""
+    """Of the data, in the data folder; {data} in flags, where {stories} and {minilm} are models, and {rows} is a story a
+    line."""
 
 
 STDLIB = Lesson(
@@ -84,8 +85,8 @@ STDLIB = Lesson(
 STORIES = Lesson(
     "stories",
     "Distillation of stories260K into two layers, on TinyStories",
-    "--data.path {data}/stories.txt --data.seq_len 256 --trainer.max_steps 400 --trainer.val_check_interval 400 "
-    "--model.student transformers.LlamaConfig --model.student.hidden_size 64 --model.student.intermediate_size 172 "
+    "--data.path {rows} --data.seq_len 512 --data.batch_size 6 --data.cross_document_attention false "
+    "--trainer.max_steps 400 --trainer.val_check_interval 400 --model.student transformers.LlamaConfig --model.student.hidden_size 64 --model.student.intermediate_size 172 "
     "--model.student.num_hidden_layers 2 --model.student.num_attention_heads 8 --model.student.num_key_value_heads 4 "
     "--model.student.tie_word_embeddings true --model.student.max_position_embeddings 512",
     "{stories}",
@@ -97,7 +98,24 @@ STORIES = Lesson(
     ("nats", "kl_to_teacher"),
     folder="lm_tinystories",
 )
-LESSONS = (STDLIB, STORIES)
+SST2 = Lesson(
+    "sst2",
+    "Distillation of MiniLM, fine-tuned on SST-2, into three narrower layers",
+    "--config recipes/distill_sentiment.yaml --data.path {data}/train.tsv --data.val_path {data}/dev.tsv "
+    '--model.optimizer.lr 1e-4 --trainer.max_epochs 4 --model.student "{{teacher_layers: [0, 2, 5], '
+    'fields: {{hidden_size: 288, num_attention_heads: 9}}, narrow: project}}"',
+    "recipes/finetune.py fit --config recipes/finetune_sentiment.yaml --model.from {minilm} "
+    "--data.path {data}/train.tsv --data.val_path {data}/dev.tsv --model.optimizer.lr 5e-5 --trainer.max_epochs 3 "
+    "--trainer.max_time null",
+    (
+        Signal(WITHOUT, "--model.hard_weight 1"),
+        Signal(AT_HAND),
+        Signal("forward KL, hidden states, embeddings", "--model.inner.hidden 1 --model.inner.embeddings 1"),
+    ),
+    ("nats", "accuracy"),
+    folder="sent_sst2",
+)
+LESSONS = (STDLIB, STORIES, SST2)
 
 
 class Runs:
@@ -130,9 +148,10 @@ class Runs:
         flags += f" --seed_everything={seed} --data.seed={seed} --comparison.control=false"
         self._do("recipes/distill.py fit", flags, self._of(signal, seed))
         if signal.name != WITHOUT:
-            return self._compared(self._of(signal, seed))[1]
+            teacher, student = self._compared(self._of(signal, seed))
+            return student | {"teacher_milliseconds": teacher["milliseconds"]}
         summary = json.loads((self._of(signal, seed) / "summary.json").read_text())
-        return {"nats": summary["val_loss_final"]} | summary
+        return {name.removeprefix("val_"): value for name, value in summary.items()} | {"nats": summary["val_loss"]}
 
     @staticmethod
     def _compared(folder: Path) -> list[dict[str, float]]:
@@ -166,8 +185,19 @@ def tables(names: list[str] | None, data_folder: Path, keep: Path | None, seeds:
             if needed - found.keys() or not Path(found["data"]).is_dir():
                 print(f"{lesson.name} left out: {needed or found['data']} is not here", file=sys.stderr)
                 continue
-            runs = Runs(lesson, (keep or Path(temporary)).absolute(), found)
+            place = (keep or Path(temporary)).absolute()
+            if "{rows}" in lesson.common:
+                found["rows"] = str(write_stories(Path(found["data"]) / "stories.txt", place / "stories.jsonl"))
+            runs = Runs(lesson, place, found)
             yield table(lesson, runs.rows(seeds), seeds)
+
+
+def write_stories(file: Path, rows: Path) -> Path:
+    """A story a line, as documents of their own; the last is cut off."""
+    stories = file.read_text().split("<|endoftext|>")[:-1]
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    rows.write_text("".join(json.dumps({"text": story.strip()}) + "\n" for story in stories))
+    return rows
 
 
 def table(lesson: Lesson, rows: dict[str, list[dict[str, float]]], seeds: int) -> Table:
@@ -184,6 +214,8 @@ def table(lesson: Lesson, rows: dict[str, list[dict[str, float]]], seeds: int) -
         shown.append([name, *cells, f"{found[0]['parameters']:,}", f"{recovered[name]:.1f} %"])
     best_cached = max((recovered[signal.name] for signal in lesson.signals if signal.cache), default=None)
     goals = [Goal("percent of the gap that forward KL closes", recovered[AT_HAND], at_least=30)]
+    if "accuracy" in teacher:
+        goals = [*small_and_fast(teacher, rows[AT_HAND])]
     if best_cached is not None:
         share = best_cached / recovered[AT_HAND]
         goals.append(Goal("best cache of at most 60 bytes a token, of what forward KL closes", share, at_least=0.9))
@@ -199,6 +231,15 @@ def table(lesson: Lesson, rows: dict[str, list[dict[str, float]]], seeds: int) -
         f"`{lesson.teacher}`. Students: `python recipes/distill.py fit {lesson.common}`, and {flags}.",
         goals,
     )
+
+
+def small_and_fast(teacher: dict[str, float], students: list[dict[str, float]]) -> Iterator[Goal]:
+    """What DistilBERT promised, https://arxiv.org/abs/1910.01108."""
+    accuracy = statistics.mean(row["accuracy"] for row in students)
+    yield Goal("accuracy, of the teacher's", accuracy / teacher["accuracy"], at_least=0.97)
+    yield Goal("parameters, of the teacher's", students[0]["parameters"] / teacher["parameters"], at_most=0.6)
+    speed = statistics.median(row["teacher_milliseconds"] / row["milliseconds"] for row in students)
+    yield Goal("speed of a forward pass of one row, of the teacher's", speed, at_least=1.6)
 
 
 def _spread(values: list[float]) -> str:
