@@ -53,8 +53,7 @@ class Lesson:
     shown: tuple[str, ...]
     """Of the comparison in summary.json; the first is what the gap is measured by."""
     folder: str | None = None
-    """Of the data, in the data folder; {data} in flags, where {stories} and {minilm} are models, and {rows} is a story a
-    line."""
+    """Of the data, in the data folder; {data} in flags. {stories} and {minilm} are models, {rows} a story a line."""
 
 
 STDLIB = Lesson(
@@ -86,8 +85,9 @@ STORIES = Lesson(
     "stories",
     "Distillation of stories260K into two layers, on TinyStories",
     "--data.path {rows} --data.seq_len 512 --data.batch_size 6 --data.cross_document_attention false "
-    "--trainer.max_steps 400 --trainer.val_check_interval 400 --model.student transformers.LlamaConfig --model.student.hidden_size 64 --model.student.intermediate_size 172 "
-    "--model.student.num_hidden_layers 2 --model.student.num_attention_heads 8 --model.student.num_key_value_heads 4 "
+    "--trainer.max_steps 400 --trainer.val_check_interval 400 --model.student transformers.LlamaConfig "
+    "--model.student.hidden_size 64 --model.student.intermediate_size 172 --model.student.num_hidden_layers 2 "
+    "--model.student.num_attention_heads 8 --model.student.num_key_value_heads 4 "
     "--model.student.tie_word_embeddings true --model.student.max_position_embeddings 512",
     "{stories}",
     (
@@ -110,7 +110,6 @@ SST2 = Lesson(
     (
         Signal(WITHOUT, "--model.hard_weight 1"),
         Signal(AT_HAND),
-        Signal("forward KL, hidden states, embeddings", "--model.inner.hidden 1 --model.inner.embeddings 1"),
     ),
     ("nats", "accuracy"),
     folder="sent_sst2",
