@@ -23,6 +23,7 @@ import nanogpt_cpu
 import raw_row
 import recipe_row
 import run
+import teaching
 import tokens
 import trainer_row
 from memory import peak_bytes
@@ -207,3 +208,23 @@ def test_what_is_missing_is_said_before_anything_is_measured(monkeypatch, capsys
             run.main(arguments)
         error = capsys.readouterr().err
         assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_signal_is_judged_by_the_part_of_the_gap_that_it_closes():
+    """The student without a teacher closes none of it, the teacher all; the best cache is set beside forward KL."""
+    losses = {teaching.WITHOUT: 4.0, "teacher": 3.0, teaching.AT_HAND: 3.6}
+    names = [signal.name for signal in teaching.STDLIB.signals]
+    rows = {name: [{"nats": losses.get(name, 3.7), "parameters": 10}] * 2 for name in [*names, "teacher"]}
+    made = teaching.table(teaching.STDLIB, rows, 2)
+    shares = {row[0]: row[-1] for row in made.rows}
+    assert [shares[name] for name in losses] == ["0.0 %", "100.0 %", "40.0 %"]
+    assert [round(goal.figure, 2) for goal in made.goals] == [40.0, 0.75] and not made.goals[1].reached
+    assert all(signal.flags in made.notes for signal in teaching.STDLIB.signals)
+
+
+def test_a_student_of_a_task_is_judged_by_accuracy_size_and_speed():
+    teacher = {"nats": 0.4, "accuracy": 0.9, "parameters": 100, "milliseconds": 4.0}
+    student = {"nats": 0.5, "accuracy": 0.88, "parameters": 50, "milliseconds": 2.0, "teacher_milliseconds": 4.0}
+    rows = {teaching.WITHOUT: [student | {"nats": 0.6}], teaching.AT_HAND: [student], "teacher": [teacher]}
+    goals = teaching.table(teaching.SST2, rows, 1).goals
+    assert [round(goal.figure, 3) for goal in goals] == [0.978, 0.5, 2.0] and all(goal.reached for goal in goals)

@@ -38,6 +38,8 @@ from tests.distilling import SMALL, refused, run, started
 from tests.finetuning import pretrained, sentences, squad
 
 TINY_BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+ROOT = Path(__file__).parents[1]
+YAMLS = {"one": "distill_sentiment", "spans": "distill_question_answering", "pairs": "distill_translation"}
 ALL = InnerSignals(hidden=1.0, embeddings=1.0, cosine=1.0, attention=1.0, relations=1.0)
 
 
@@ -288,9 +290,8 @@ def test_a_student_answers_up_to_the_end(kind, data, teachers):
 
 def flags_of(kind: str, folder: Path, data: Path, teachers: dict[str, Path], **flags: object) -> list[str]:
     file = {"spans": "squad.json", "pairs": "pairs.jsonl", "answers": "answers.jsonl"}.get(kind, f"{kind}.jsonl")
-    config = {"one": "distill_sentiment"}.get(kind, "distill_sentiment")
     chosen = {
-        "config": f"recipes/{config}.yaml",
+        "config": ROOT / "recipes" / f"{YAMLS[kind]}.yaml",
         "model": MODULES[kind].__name__,
         "model.teacher": teachers[kind],
         "data.path": data / file,
@@ -322,6 +323,20 @@ def test_a_run_of_labels_ends_with_teacher_control_and_student(data, teachers, t
     assert sum(line["score"] for line in lines) / len(lines) == pytest.approx(summary["val_accuracy"])
 
 
+@pytest.mark.parametrize("kind", ["one", "spans", "pairs"])
+def test_every_named_run_trains_beside_its_teacher_and_on_what_is_inside_it(kind, data, teachers, tmp_path):
+    few = {"trainer.max_epochs": -1, "trainer.max_steps": 3, "trainer.val_check_interval": 3, "data.val_fraction": 0.2}
+    more = {"one": {f"model.student.{name}": value for name, value in TINY_BERT.items()}}
+    more["spans"] = more["one"] | {"data.max_length": 60, "data.stride": 16}
+    more["pairs"] = {"model.student.teacher_layers": "[1]", "model.on_policy.share": 0.5}
+    flags = {"model.inner.hidden": 1, "model.inner.relations": 1, "comparison.control": False} | few | more[kind]
+    run("fit", *flags_of(kind, tmp_path, data, teachers, **flags))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    metric = {"one": "accuracy", "spans": "f1", "pairs": "bleu"}[kind]
+    assert summary["steps"] == 3 and summary["comparison"]["student"][metric] == summary[f"val_{metric}"]
+    assert (ROOT / "recipes" / f"{YAMLS[kind]}.yaml").read_text().startswith("# ")
+
+
 def test_a_teacher_of_other_labels_or_without_them_is_one_line(data, teachers, tmp_path, capsys):
     assert "has the labels bad, good, long, the data bad, good" in refused(
         capsys, *flags_of("one", tmp_path / "a", data, teachers, **{"model.teacher": teachers["several"]})
@@ -334,7 +349,6 @@ def test_a_teacher_of_other_labels_or_without_them_is_one_line(data, teachers, t
 
 def test_without_a_teacher_it_says_so(data, teachers, tmp_path, capsys, monkeypatch):
     flags = flags_of("one", tmp_path, data, teachers, **{"model.teacher": None})
-    flags = [flag.replace("recipes/", f"{Path(__file__).parents[1]}/recipes/") for flag in flags]
     monkeypatch.chdir(tmp_path)
     assert "no run in runs/ could be the teacher" in refused(capsys, *flags)
 
