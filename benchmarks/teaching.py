@@ -111,7 +111,7 @@ SST2 = Lesson(
         Signal(WITHOUT, "--model.hard_weight 1"),
         Signal(AT_HAND),
     ),
-    ("nats", "accuracy"),
+    ("accuracy", "nats"),
     folder="sent_sst2",
 )
 LESSONS = (STDLIB, STORIES, SST2)
@@ -201,12 +201,10 @@ def write_stories(file: Path, rows: Path) -> Path:
 
 def table(lesson: Lesson, rows: dict[str, list[dict[str, float]]], seeds: int) -> Table:
     """By the mean over the seeds, with the least and the most."""
-    teacher, without = rows["teacher"][0], rows[WITHOUT]
-    gap = statistics.mean(row["nats"] for row in without) - teacher["nats"]
-    recovered = {
-        name: 100 * (1 - (statistics.mean(row["nats"] for row in found) - teacher["nats"]) / gap)
-        for name, found in rows.items()
-    }
+    teacher, by = rows["teacher"][0], lesson.shown[0]
+    means = {name: statistics.mean(row[by] for row in found) for name, found in rows.items()}
+    gap = means[WITHOUT] - teacher[by]
+    recovered = {name: 100 * (1 - (mean - teacher[by]) / gap) for name, mean in means.items()}
     shown = []
     for name, found in rows.items():
         cells = [_spread([row[key] for row in found]) if key in found[0] else "" for key in lesson.shown]

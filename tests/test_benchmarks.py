@@ -225,6 +225,6 @@ def test_a_signal_is_judged_by_the_part_of_the_gap_that_it_closes():
 def test_a_student_of_a_task_is_judged_by_accuracy_size_and_speed():
     teacher = {"nats": 0.4, "accuracy": 0.9, "parameters": 100, "milliseconds": 4.0}
     student = {"nats": 0.5, "accuracy": 0.88, "parameters": 50, "milliseconds": 2.0, "teacher_milliseconds": 4.0}
-    rows = {teaching.WITHOUT: [student | {"nats": 0.6}], teaching.AT_HAND: [student], "teacher": [teacher]}
+    rows = {teaching.WITHOUT: [student | {"accuracy": 0.85}], teaching.AT_HAND: [student], "teacher": [teacher]}
     goals = teaching.table(teaching.SST2, rows, 1).goals
     assert [round(goal.figure, 3) for goal in goals] == [0.978, 0.5, 2.0] and all(goal.reached for goal in goals)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_modules.architectures import parameter_count
+from lightning_modules.callbacks.report import best_by
 from lightning_modules.command_line import take_flag
 from lightning_modules.run_folder import RUN_FOLDER
 from lightning_modules.taught import Taught
@@ -65,10 +66,14 @@ class Comparison(Callback):
         print_table(found, f"nats per {module.counted}")
         more = {"comparison": found}
         if "without teacher" in found:
-            recovered = gap_recovered(*(found[name]["nats"] for name in ("without teacher", "student", module.start)))
-            more["gap_recovered"] = recovered
+            by, sign = best_by(trainer)
+            figures = [
+                found[name]["nats" if by == "loss" else by] for name in ("without teacher", "student", module.start)
+            ]
+            recovered = gap_recovered(*(sign * figure for figure in figures))
+            more |= {"gap_recovered": recovered, "gap_by": by}
             none = "none: the teacher is no better than the student without one"
-            print(f"gap recovered: {none if recovered is None else f'{recovered:.1f} %'}\n", flush=True)
+            print(f"gap recovered: {none if recovered is None else f'{recovered:.1f} % of {by}'}\n", flush=True)
         elif self.control and trainer.world_size > 1:
             print("without a teacher, on one rank: the same command with --model.hard_weight 1\n", flush=True)
         summary = json.loads((folder / "summary.json").read_text())
@@ -128,7 +133,8 @@ def timed(forward: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def gap_recovered(control: float, student: float, teacher: float) -> float | None:
-    """Percent of the way from the control to the teacher; None where the teacher is no better than the control."""
+    """Percent of the way from the control to the teacher, where less is better; None where the teacher is no better
+    than the control."""
     return 100 * (control - student) / (control - teacher) if control > teacher else None
 
 
