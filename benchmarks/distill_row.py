@@ -16,8 +16,16 @@ from turns import run_row
 SCRIPT = Path(__file__).parents[1] / "recipes" / "distill.py"
 
 
+SIGNALS = {
+    "hidden": {"inner": {"hidden": 1.0, "embeddings": 1.0}},
+    "relations": {"inner": {"relations": 0.1}},
+    "own": {"on_policy": {"share": 0.25}},
+}
+
+
 def config(job: Job) -> dict[str, dict]:
-    """The YAML of the run; the job's task is "alone", "teacher", "cache", or "peer" where the student is a folder."""
+    """The YAML of the run; the job's task is "alone", "teacher", "cache", "hidden", "relations", "own", or "peer" where the
+    student is a folder."""
     size = job.size
     student = {"class_path": f"transformers.{size.config}", "init_args": size.fields}
     teacher = job.model
@@ -32,6 +40,7 @@ def config(job: Job) -> dict[str, dict]:
                 "teacher": teacher,
                 "student": student,
                 "hard_weight": 1.0 if job.task == "alone" else 0.0,
+                **SIGNALS.get(job.task, {}),
                 "schedule": {"class_path": "Constant", "init_args": {"warmup_steps": 0}},
             },
         },

@@ -26,7 +26,14 @@ STUDENT = Size("3L/128", "NanoChatConfig", nanochat(128, 3, 4, 256), seq_len=256
 TEACHER = Size("4L/192", "NanoChatConfig", nanochat(192, 4, 4, 256), seq_len=256, batch_size=12, bpe_ids=WORDS)
 CACHED = 64
 """Words of a token of the cache."""
-ROWS = {"alone": "without a teacher", "cache": f"from a cache of {CACHED} words", "teacher": "with the teacher at hand"}
+ROWS = {
+    "alone": "without a teacher",
+    "cache": f"from a cache of {CACHED} words",
+    "teacher": "with the teacher at hand",
+    "hidden": "and its hidden states and embeddings",
+    "relations": "and its relations",
+    "own": "and a quarter of the rows the student's own",
+}
 
 
 def prepare(folder: Path) -> tuple[Path, Path, int]:
