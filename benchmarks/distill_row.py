@@ -24,8 +24,8 @@ SIGNALS = {
 
 
 def config(job: Job) -> dict[str, dict]:
-    """The YAML of the run; the job's task is "alone", "teacher", "cache", one of SIGNALS, or "peer" where the student is
-    a folder."""
+    """The YAML of the run; the job's task is "alone", "teacher", "cache", one of SIGNALS, or "peer" with a student's
+    folder."""
     size = job.size
     student = {"class_path": f"transformers.{size.config}", "init_args": size.fields}
     teacher = job.model
