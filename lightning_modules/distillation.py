@@ -93,6 +93,10 @@ class Distilled(Taught, LanguageModule):
         return network
 
     @property
+    def plain_network(self) -> PreTrainedModel:
+        return self.network
+
+    @property
     def vocabulary(self) -> int:
         """Ids that count, of both models."""
         return self.trainer.datamodule.vocab_size

@@ -142,7 +142,7 @@ class Taught(ScheduledStep):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 teacher = self.teachers[0].network
-                self.inner_loss = InnerLoss(self.inner, self.network, teacher, self.directions_cC)
+                self.inner_loss = InnerLoss(self.inner, self.plain_network, teacher, self.directions_cC)
 
     def trained_groups(self) -> list[dict]:
         groups = super().trained_groups()

@@ -24,6 +24,7 @@ from datamodules.instructions import Instructions
 from datamodules.labelled import Labelled
 from datamodules.pairs import Pairs
 from datamodules.spans import Spans
+from lightning_modules.adapter import Adapter
 from lightning_modules.inner_signals import InnerSignals
 from lightning_modules.losses import IGNORED
 from lightning_modules.on_policy import OnPolicy
@@ -253,6 +254,17 @@ def test_layers_of_the_teacher_bring_its_head(kind, data, teachers):
     whole = module.teachers[0].read().state_dict()
     assert all(torch.equal(value, whole[name]) for name, value in module.network.state_dict().items())
     assert abs(float(module.training_loss(batch, 1.0)[3])) < 2e-3 * int(module.label_count(batch))
+
+
+@pytest.mark.parametrize("kind", ["one", "answers"])
+def test_an_adapter_learns_from_the_inside_of_a_teacher(kind, data, teachers):
+    adapter = Adapter(rank=2, target_modules="all-linear")
+    module, batch = opened(kind, data, teachers, student=str(teachers[kind]), adapter=adapter, inner=ALL)
+    objective, *_, inner = module.training_loss(batch, 1.0)
+    assert float(inner) < 2e-3 * int(module.label_count(batch))  # it begins as its teacher
+    objective.backward()
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert any("lora" in name for name in trained) and not any("teacher" in name for name in trained)
 
 
 # What a student writes
