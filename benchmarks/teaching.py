@@ -52,6 +52,8 @@ class Lesson:
     signals: tuple[Signal, ...]
     shown: tuple[str, ...]
     """Of the comparison in summary.json; the first is what the gap is measured by."""
+    least: float = 0
+    """Percent of the gap that forward KL is to close."""
     folder: str | None = None
     """Of the data, in the data folder; {data} in flags. {stories} and {minilm} are models, {rows} a story a line."""
 
@@ -80,6 +82,7 @@ STDLIB = Lesson(
         Signal("forward KL, relations", "--model.inner.relations 0.1"),
     ),
     ("nats", "kl_to_teacher"),
+    least=30,
 )
 STORIES = Lesson(
     "stories",
@@ -210,7 +213,7 @@ def table(lesson: Lesson, rows: dict[str, list[dict[str, float]]], seeds: int) -
         cells = [_spread([row[key] for row in found]) if key in found[0] else "" for key in lesson.shown]
         shown.append([name, *cells, f"{found[0]['parameters']:,}", f"{recovered[name]:.1f} %"])
     best_cached = max((recovered[signal.name] for signal in lesson.signals if signal.cache), default=None)
-    goals = [Goal("percent of the gap that forward KL closes", recovered[AT_HAND], at_least=30)]
+    goals = [Goal("percent of the gap that forward KL closes", recovered[AT_HAND], at_least=lesson.least)]
     if "accuracy" in teacher:
         goals = [*small_and_fast(teacher, rows[AT_HAND])]
     if best_cached is not None:
