@@ -32,7 +32,6 @@ ROWS = {
     "teacher": "with the teacher at hand",
     "hidden": "and its hidden states and embeddings",
     "relations": "and its relations",
-    "own": "and a quarter of the rows the student's own",
 }
 
 
