@@ -219,6 +219,7 @@ def table(lesson: Lesson, rows: dict[str, list[dict[str, float]]], seeds: int) -
     if best_cached is not None:
         share = best_cached / recovered[AT_HAND]
         goals.append(Goal("best cache of at most 60 bytes a token, of what forward KL closes", share, at_least=0.9))
+    common = lesson.common.replace("{{", "{").replace("}}", "}")
     titles = [name.replace("_", " ") for name in lesson.shown]
     own_flags = {s.name: " ".join(filter(None, (s.flags, s.cache and f"cache {s.cache}"))) for s in lesson.signals}
     flags = "; ".join(f"{name}: `{of_signal}`" for name, of_signal in own_flags.items() if of_signal)
@@ -228,7 +229,7 @@ def table(lesson: Lesson, rows: dict[str, list[dict[str, float]]], seeds: int) -
         ["", *titles, "parameters", "of the gap"],
         shown,
         f"Mean of {seeds} seeds of weights and order, and from the least to the most; the held-out text. Teacher: "
-        f"`{lesson.teacher}`. Students: `python recipes/distill.py fit {lesson.common}`, and {flags}.",
+        f"`{lesson.teacher}`. Students: `python recipes/distill.py fit {common}`, and {flags}.",
         goals,
     )
 
