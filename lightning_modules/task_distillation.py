@@ -48,6 +48,8 @@ class TaskDistillation(Taught, FineTune):
         if isinstance(student, PartOfTeacher):
             architecture = student.config(AutoConfig.from_pretrained(find_folder(self.teacher_named(named))))
         super().__init__(from_=origin, architecture=architecture, teacher=teacher, **settings)
+        if self.on_policy is not None and self.objective != "completions":
+            raise ValueError(f"--model.on_policy is for what is written, not for {type(self).__name__}; leave it out")
         for name in ("label_smoothing", "class_weights", "prompt_tokens"):
             if vars(self).get(name):
                 raise ValueError(f"--model.{name} is not for a student of a teacher; leave it out")

@@ -373,6 +373,7 @@ def test_without_a_teacher_it_says_so(data, teachers, tmp_path, capsys, monkeypa
         ("pairs", {"label_smoothing": 0.1}, "--model.label_smoothing is not for"),
         ("one", {"class_weights": {"bad": 2.0}}, "--model.class_weights is not for"),
         ("one", {"teacher": "self"}, "the student is no folder"),
+        ("one", {"on_policy": OnPolicy()}, "is for what is written"),
     ],
 )
 def test_what_does_not_go_together_is_refused(kind, settings, told, data, teachers):
