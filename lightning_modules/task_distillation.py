@@ -17,7 +17,7 @@ from lightning_modules.completion import Completion, left_padded
 from lightning_modules.finetune import NEW, FineTune
 from lightning_modules.inner_signals import Seen, seen_by, up_to_last_label
 from lightning_modules.losses import IGNORED, Head
-from lightning_modules.model_folder import find_folder, newest_task
+from lightning_modules.model_folder import find_folder, load_tokenizer, newest_task
 from lightning_modules.on_policy import write
 from lightning_modules.question_answering import QuestionAnswering
 from lightning_modules.student import PartOfTeacher
@@ -70,6 +70,12 @@ class TaskDistillation(Taught, FineTune):
             network = auto_class.from_config(self.architecture)
             self.directions_cC = self.student.fill(network, self.teachers[0].read())
             return network
+        words = self.trainer.datamodule.tokenizer.get_vocab()
+        if isinstance(self.student, str) and load_tokenizer(self.origin).get_vocab() != words:
+            raise ValueError(
+                f"--model.student {self.student} has another tokenizer than its teacher, by which the data are read; "
+                "take models that share one"
+            )
         return super().new_network(auto_class, fields)
 
     # The loss
@@ -100,12 +106,13 @@ class TaskDistillation(Taught, FineTune):
     def with_network(self, network: PreTrainedModel) -> Iterator[None]:
         """Validates another network as if it were the student."""
         own, self.network = self.network, network
+        adapter, self.adapter = self.adapter, None  # a network as it is
         predictions, self.predictions = self.predictions, {}
         try:
             self.prepare(network)
             yield
         finally:
-            self.network, self.predictions = own, predictions
+            self.network, self.predictions, self.adapter = own, predictions, adapter
             if own is not None:
                 self.prepare(self.plain_network)
 
@@ -143,6 +150,17 @@ class ClassificationDistillation(TaskDistillation, Classification):
         fields = super().head_fields()
         assert self.orders is not None  # refuses other labels before anything is trained
         return fields
+
+    def new_network(self, auto_class: type, fields: dict[str, object]) -> PreTrainedModel:
+        """A head that came with the teacher's layers has its rows put into the order of the data's labels."""
+        network = super().new_network(auto_class, fields)
+        order_L = self.orders.get(id(self.teachers[0].network))
+        if isinstance(self.student, PartOfTeacher) and order_L is not None:
+            for name, part in network.named_parameters():
+                is_head = not name.startswith(f"{network.base_model_prefix}.")
+                if is_head and len(part) == len(order_L):
+                    part.data.copy_(part.data[order_L])
+        return network
 
     def logits(self, batch: dict[str, Tensor], network: PreTrainedModel | None = None) -> Tensor:
         network = network or self.plain_network

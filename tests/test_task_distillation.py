@@ -239,6 +239,24 @@ def test_a_teachers_labels_may_stand_in_another_order(data, teachers, tmp_path):
     assert float(other.training_loss(batch, 1.0)[3]) == pytest.approx(expected, rel=1e-4)
     ours, theirs = (module.logits(batch, module.teachers[0].network) for module in (other, plain))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)  # as validation reads it for the table
+    begun, _ = opened("one", data, teachers | {"one": tmp_path / "other"}, student=PartOfTeacher([0, 1]))
+    assert abs(float(begun.training_loss(batch, 1.0)[3])) < 2e-3 * 4  # its head has the data's order
+
+
+def test_a_student_folder_with_another_tokenizer_is_refused(data, teachers, tmp_path):
+    shutil.copytree(teachers["one"], tmp_path / "other")
+    pretrained(tmp_path / "words", "causal")
+    for file in (tmp_path / "words").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "other")
+    with pytest.raises(ValueError, match="has another tokenizer than its teacher"):
+        opened("one", data, teachers, student=str(tmp_path / "other"))
+
+
+def test_a_student_with_an_adapter_stands_in_the_table(data, teachers, tmp_path):
+    flags = {"model.student": teachers["one"], "model.adapter.rank": 2, "comparison.control": False}
+    run("fit", *flags_of("one", tmp_path, data, teachers, **flags))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["comparison"]["student"]["accuracy"] == pytest.approx(summary["val_accuracy"])
 
 
 def test_two_equal_teachers_are_one(data, teachers):

@@ -48,7 +48,9 @@ class Comparison(Callback):
             return
         folder = Path(trainer.default_root_dir)
         module.load_teachers()
-        networks = {teacher.folder: teacher.network for teacher in module.teachers} | {"student": module.network.eval()}
+        networks = {teacher.folder: teacher.network for teacher in module.teachers} | {
+            "student": module.plain_network.eval()
+        }
         milliseconds = latencies(trainer, module, networks)
         if self.control and trainer.world_size == 1 and train_control(trainer, module, folder / "control"):
             control = Teacher(str(folder / "control"), module.auto_class).read()
