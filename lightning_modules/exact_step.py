@@ -32,6 +32,8 @@ class ExactStep(LightningModule):
         self.wishes = [0.0, 0.0, 0.0]
         """What this rank asks of all at the end of a step; the sum is `wishes_of_all`. See callbacks/recovery.py."""
         self.wishes_of_all = self.wishes
+        self.clock_of_first: float | None = None
+        """The first rank's, which all go by; None on one rank."""
         self.parts = 1
         """Of each micro-batch, so that it fits into memory."""
         self._sums: Tensor | None = None
@@ -76,7 +78,13 @@ class ExactStep(LightningModule):
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
             recount(progress, consumed, data.rows_per_epoch, data.rows_per_micro_step)
 
+    def clock(self) -> float:
+        """Part of the time that a run may take which is over, by this rank's clock."""
+        return 0.0
+
     def on_train_start(self) -> None:
+        if self.trainer.world_size > 1:
+            self.clock_of_first = self.trainer.strategy.broadcast(self.clock())
         self._sums = None
         self._take_up()
 
@@ -214,8 +222,11 @@ class ExactStep(LightningModule):
         gradients = [p.grad for p in self._stepped]
         pieces = [piece for gradient in gradients for piece in in_pieces(gradient)]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces, 2, torch.float32)))
-        mine = torch.cat([self._sums, self._sums.new_tensor(self.wishes), (~torch.isfinite(norm)).double()[None]])
-        nats, count, tokens, *others, not_finite = self.trainer.strategy.reduce(mine, reduce_op="sum")
+        told = self._sums.new_tensor([*self.wishes, 0.0 if self.global_rank else self.clock()])
+        mine = torch.cat([self._sums, told, (~torch.isfinite(norm)).double()[None]])
+        nats, count, tokens, *others, clock, not_finite = self.trainer.strategy.reduce(mine, reduce_op="sum")
+        if self.trainer.world_size > 1:
+            self.clock_of_first = float(clock)
         more, wishes = others[: len(self.more_sums)], others[len(self.more_sums) :]
         self._sums = None
         self.wishes_of_all = [float(wish) for wish in wishes] if self.trainer.world_size > 1 else self.wishes

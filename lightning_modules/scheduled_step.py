@@ -152,11 +152,15 @@ class ScheduledStep(ExactStep):
             done.append(step / max(1, steps))
         if self.max_tokens:
             done.append(float(self.tokens) / self.max_tokens)
-        timer = next((c for c in trainer.callbacks if isinstance(c, Timer)), None)
-        if timer is not None and timer.time_remaining() is not None:
-            elapsed = timer.time_elapsed()
-            done.append(elapsed / (elapsed + timer.time_remaining()))
+        done.append(self.clock() if self.clock_of_first is None else self.clock_of_first)
         return min(1.0, max(done))
+
+    def clock(self) -> float:
+        timer = next((c for c in self.trainer.callbacks if isinstance(c, Timer)), None)
+        if timer is None or timer.time_remaining() is None:
+            return 0.0
+        elapsed = timer.time_elapsed()
+        return elapsed / (elapsed + timer.time_remaining())
 
 
 def require_same(there: dict[str, object], here: dict[str, object]) -> None:

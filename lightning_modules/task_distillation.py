@@ -256,35 +256,48 @@ class CompletionDistillation(TaskDistillation, Completion):
 
     @torch.no_grad()
     def written(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The student's answers to some of the prompts, each up to its end, as long as the longest in the data."""
-        data, rows_B = self.trainer.datamodule, batch["rows"]
-        room = (self.positions or 2**31) - int(batch["prompt_lengths"].max()) + 1
-        new = data.longest_answer if self.encodes_apart else min(data.longest_answer, room)
-        numbers_BU = self.on_policy.numbers(self.seed, rows_B, new).to(rows_B.device)
-        is_own_B = (numbers_BU[:, 0] < self.on_policy.share) & (rows_B >= 0)
+        """The student's answers to some of the prompts, each up to its end, as long as the longest in the data or as
+        both models have room for."""
+        longest, rows_B = self.trainer.datamodule.longest_answer, batch["rows"]
+        numbers_BU = self.on_policy.numbers(self.seed, rows_B, longest).to(rows_B.device)
+        lengths_B = torch.ones_like(rows_B) if self.encodes_apart else batch["prompt_lengths"]
+        positions = min(found or 2**31 for found in (self.positions, *(teacher.positions for teacher in self.teachers)))
+        new_B = (positions - lengths_B + 1).clamp(max=longest)  # what is written last is not read
+        is_own_B = (numbers_BU[:, 0] < self.on_policy.share) & (rows_B >= 0) & (new_B > 0)
         own_B = is_own_B.nonzero()[:, 0]
-        if not len(own_B) or new < 1:
+        if not len(own_B):
             return batch, None
-        settings = self.generation(new)
-        settings.num_beams = 1
-        prompts = {name: batch[name][own_B] for name in ("input_ids", "attention_mask")}
-        if not self.encodes_apart:
-            ids_bP, mask_bP = left_padded(prompts["input_ids"], batch["prompt_lengths"][own_B], data.pad_id)
-            prompts = {"input_ids": ids_bP, "attention_mask": mask_bP}
-        before = 1 if self.encodes_apart else prompts["input_ids"].shape[1]
-        drawn = (numbers_BU[own_B, 1:], self.vocabulary, self.on_policy.temperature)
-        ids_bU = write(self.plain_network, prompts, *drawn, settings)[:, before:]
-        is_end_bU = torch.isin(ids_bU, torch.tensor(settings.eos_token_id, device=ids_bU.device))
-        answers_bU = ids_bU.masked_fill(is_end_bU.cumsum(-1) - is_end_bU.long() > 0, IGNORED)  # behind the end: padding
+        answers_bU = torch.full((len(own_B), longest), IGNORED, device=rows_B.device)
+        for new in new_B[own_B].unique().tolist():  # a row's room is its own, whatever it shares a batch with
+            some = (new_B[own_B] == new).nonzero()[:, 0]
+            found_bU = self._own_answers(
+                {n: v[own_B[some]] for n, v in batch.items()}, numbers_BU[own_B[some], 1:], new
+            )
+            answers_bU[some, : found_bU.shape[1]] = found_bU
         changed = self._with_answers(batch, own_B, answers_bU)
         return changed, is_own_B[:, None].expand_as(changed["labels"])[changed["labels"] != IGNORED]
+
+    def _own_answers(self, batch: dict[str, Tensor], numbers_BU: Tensor, new: int) -> Tensor:
+        """(B, U) of at most `new` tokens; IGNORED behind the end."""
+        settings = self.generation(new)
+        settings.num_beams = 1
+        prompts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        if not self.encodes_apart:
+            ids_BP, mask_BP = left_padded(batch["input_ids"], batch["prompt_lengths"], self.trainer.datamodule.pad_id)
+            prompts = {"input_ids": ids_BP, "attention_mask": mask_BP}
+        before = 1 if self.encodes_apart else prompts["input_ids"].shape[1]
+        drawn = (numbers_BU, self.vocabulary, self.on_policy.temperature)
+        ids_BU = write(self.plain_network, prompts, *drawn, settings)[:, before:]
+        is_end_BU = torch.isin(ids_BU, torch.tensor(settings.eos_token_id, device=ids_BU.device))
+        return ids_BU.masked_fill(is_end_BU.cumsum(-1) - is_end_BU.long() > 0, IGNORED)
 
     def _with_answers(self, batch: dict[str, Tensor], own_B: Tensor, answers_bU: Tensor) -> dict[str, Tensor]:
         ids_BT, labels, pad = batch["input_ids"], batch["labels"], self.trainer.datamodule.pad_id
         if self.encodes_apart:
-            return batch | {"labels": _put(labels, own_B, answers_bU, IGNORED)}
+            written = int((answers_bU != IGNORED).sum(-1).max())
+            return batch | {"labels": _put(labels, own_B, answers_bU[:, :written], IGNORED)}
         lengths_b = batch["prompt_lengths"][own_B]
-        width = int(lengths_b.max()) + answers_bU.shape[1] - 1
+        width = int((lengths_b + (answers_bU != IGNORED).sum(-1)).max()) - 1
         read_bT = answers_bU.new_full((len(own_B), width), pad)
         learnt_bT = torch.full_like(read_bT, IGNORED)
         for i, (row, length) in enumerate(zip(own_B.tolist(), lengths_b.tolist(), strict=True)):

@@ -148,6 +148,17 @@ class SpoilsLoss(Callback):
         module.loss = spoiled
 
 
+class SameOnAllRanks(Callback):
+    """Ends with an error where the ranks have other weights or another rate at the end."""
+
+    def on_train_end(self, trainer, module) -> None:
+        mine = torch.cat([p.detach().double().flatten() for p in module.network.parameters()])
+        rate = mine.new_tensor([trainer.optimizers[0].param_groups[0]["lr"]])
+        of_ranks = module.all_gather(torch.cat([mine, rate]))
+        assert torch.equal(of_ranks[0], of_ranks[1]), float((of_ranks[0] - of_ranks[1]).abs().max())
+        (Path(trainer.default_root_dir) / "same").touch()
+
+
 class KeepsRows(Callback):
     """Writes, for each step, the rows it was made of; a step that is done again writes anew.
 

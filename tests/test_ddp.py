@@ -34,7 +34,7 @@ def fit(folder, corpus, **flags):
     }
     command = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), "fit"]
     command += [f"--{name}={value}" for name, value in (settings | flags).items()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "summary.json").read_text()), load_file(folder / "model" / "model.safetensors")
@@ -58,3 +58,15 @@ def test_two_ranks_are_one_process_with_two_micro_batches(length, corpus, tmp_pa
     assert one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-6)
     for name, weight in weights_one.items():
         assert (weight - weights_two[name]).abs().max() <= 1e-6, name
+
+
+def test_ranks_whose_run_ends_by_the_clock_go_by_one_clock(corpus, tmp_path):
+    """Rates and ramps follow the time that is over; two clocks would let the replicas drift apart."""
+    by_time = {"trainer.max_steps": -1, "trainer.max_time": "00:00:00:05", "trainer.val_check_interval": 100_000}
+    by_time |= {"trainer.limit_val_batches": 1, "data.batch_size": 2, "trainer.devices": 2, "trainer.strategy": "ddp"}
+    by_time |= {
+        "trainer.callbacks+": json.dumps({"class_path": "tests.faults.SameOnAllRanks"}),
+        "allow_import": "tests",
+    }
+    fit(tmp_path, corpus, **by_time)
+    assert (tmp_path / "same").exists()

@@ -16,6 +16,7 @@ from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    GPT2Config,
     LlamaConfig,
     T5Config,
 )
@@ -313,6 +314,25 @@ def test_a_student_answers_up_to_the_end(kind, data, teachers):
     assert one["labels"][0][one["labels"][0] != IGNORED].tolist() == labels[1][labels[1] != IGNORED].tolist()
     objective, _, count, divergence = module.training_loss(batch, 1.0)
     assert int(count) == len(is_own_N) and float(objective) == pytest.approx(float(divergence), rel=1e-5)
+
+
+def test_the_room_for_an_answer_is_a_rows_own_and_that_of_both_models(data, teachers):
+    """Prompts of several lengths before a student of few positions: alone as together."""
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=256)
+    module, _ = opened("answers", data, teachers, student=config, on_policy=OnPolicy(share=1.0))
+    batch = next(iter(module.trainer.datamodule.batches_in_order(0, 4)))
+    longest, lengths_B = module.trainer.datamodule.longest_answer, batch["prompt_lengths"]
+    module.positions = int(lengths_B.max()) + 1  # two new tokens behind the longest prompt
+    for limit in ("student", "teacher"):
+        if limit == "teacher":
+            module.positions, module.teachers[0].positions = None, module.positions
+        whole, _ = module.written(batch)
+        room_B = (int(lengths_B.max()) + 2 - lengths_B).clamp(max=longest)
+        assert len(room_B.unique()) > 1 and whole["input_ids"].shape[1] >= int(lengths_B.max())
+        for i in range(4):
+            answer = whole["labels"][i][whole["labels"][i] != IGNORED].tolist()
+            one, _ = module.written({name: value[i : i + 1] for name, value in batch.items()})
+            assert one["labels"][0][one["labels"][0] != IGNORED].tolist() == answer and 0 < len(answer) <= room_B[i]
 
 
 # Runs
