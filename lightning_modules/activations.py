@@ -11,11 +11,18 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-LAYER = re.compile(r"\.(layers|layer|h|block)\.(\d+)\.")
+LAYER = re.compile(r"\.(layers|layer|h|blocks|block)\.(\d+)\.")
 """In the name of a weight, the layer that it belongs to."""
-QKV = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
-FUSED_QKV = ("c_attn", "Wqkv", "qkv_proj")
-"""The three in one matrix, one behind the other."""
+QKV = (
+    *(("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("query_proj", "key_proj", "value_proj")),
+    *(("q_lin", "k_lin", "v_lin"), ("q", "k", "v")),
+)
+FUSED_QKV = ("c_attn", "Wqkv", "qkv_proj", "query_key_value")
+"""The three in one matrix."""
+IN_A_ROW = {"dbrx", "gpt2", "modernbert", "modernbert-decoder", "mpt", "openai-gpt", "phi3", "phi4_multimodal"}
+"""By a config's model_type: all queries, then all keys, then all values."""
+BY_HEAD = {"bloom", "gpt_neox", "gpt_neox_japanese", "persimmon"}
+"""Of one head after another its query, key and value."""
 CROSS = re.compile(r"encoder_attn|EncDecAttention|crossattention|cross_attn")
 
 
@@ -88,8 +95,8 @@ class Activations:
                         self._watch(children[part], self._gatherer(stack, i, place, parts, config))
                     return
             for part in FUSED_QKV:
-                if part in children:
-                    self._watch(children[part], self._splitter(stack, i, config))
+                if part in children and (is_by_head := has_by_head(config)) is not None:
+                    self._watch(children[part], self._splitter(stack, i, config, is_by_head))
                     return
 
     def _gatherer(self, stack: Stack, i: int, place: int, parts: dict[int, Tensor], config: PreTrainedConfig):
@@ -101,12 +108,16 @@ class Activations:
 
         return note
 
-    def _splitter(self, stack: Stack, i: int, config: PreTrainedConfig):
+    def _splitter(self, stack: Stack, i: int, config: PreTrainedConfig, is_by_head: bool):
         def note(output: Tensor) -> None:
             size = head_size(config)
             width = size * config.num_attention_heads
-            shared = (output.shape[-1] - width) // 2
-            stack.heads[i] = Heads(*output.split([width, shared, shared], -1), size)
+            if is_by_head:
+                parts = (part.flatten(-2) for part in output.unflatten(-1, (-1, 3 * size)).split(size, -1))
+            else:
+                shared = (output.shape[-1] - width) // 2
+                parts = output.split([width, shared, shared], -1)
+            stack.heads[i] = Heads(*parts, size)
 
         return note
 
@@ -119,6 +130,13 @@ class Activations:
             self._on = False
             for stack in self.stacks.values():
                 stack.hidden, stack.heads = {}, {}
+
+
+def has_by_head(config: PreTrainedConfig) -> bool | None:
+    """How queries, keys and values lie in one matrix; None where it is not known."""
+    if config.model_type == "gpt_bigcode":
+        return not config.multi_query
+    return config.model_type in BY_HEAD if config.model_type in IN_A_ROW | BY_HEAD else None
 
 
 def head_size(config: PreTrainedConfig) -> int:

@@ -56,6 +56,8 @@ class InnerSignals:
         """Raises ValueError for weights that mean nothing."""
         if min(self.weights.values()) < 0 or not any(self.weights.values()):
             raise ValueError(f"--model.inner has weights {self.weights}; pass one or more above zero, none below")
+        if self.relation_heads is not None and self.relation_heads < 1:
+            raise ValueError(f"--model.inner.relation_heads is {self.relation_heads}; pass 1 or more, or leave it out")
         if not 0 <= self.first < 1 or not self.kinds:
             raise ValueError(
                 f"--model.inner.first {self.first}, .kinds {self.kinds}: pass a part of the run, and a kind"
@@ -115,6 +117,8 @@ class InnerLoss(nn.Module):
         self.signals = signals
         self.of_student, self.of_teacher = Activations(student), Activations(teacher)
         self.maps: dict[str, list[int]] = {}
+        if sorted(self.of_student.stacks) != sorted(self.of_teacher.stacks):
+            raise ValueError("--model.inner compares layers, and one of the models has an encoder and a decoder")
         for key, stack in self.of_student.stacks.items():
             depths = stack.depth, self.of_teacher.stacks[key].depth
             self.maps[key] = even_map(*depths) if signals.layer_map is None else signals.layer_map
@@ -123,7 +127,7 @@ class InnerLoss(nn.Module):
                 raise ValueError(
                     f"--model.inner.relation_layer is {signals.relation_layer}; the teacher has 0 to {depths[1] - 1}"
                 )
-        self._require_heads(student, teacher)
+        self._require_known(student, teacher)
         widths = [network.config.get_text_config().hidden_size for network in (student, teacher)]
         projected = self._projected() if widths[0] != widths[1] else []
         self.projections = nn.ModuleDict({name: nn.Linear(*widths, bias=False) for name in projected})
@@ -132,19 +136,39 @@ class InnerLoss(nn.Module):
                 projection.weight.data.copy_(directions_cC.T)
 
     @torch.no_grad()
-    def _require_heads(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-        """Raises ValueError for heads that cannot be divided alike, by reading two tokens."""
+    def _require_known(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        """Raises ValueError for what is not found inside, and for heads that cannot be divided alike, by reading two
+        tokens."""
         kinds = (*self.signals.kinds,) if self.signals.relations else ()
         kinds += ("qk",) if self.signals.attention else ()
-        if not kinds:
-            return
         with self.of_student.taken() as ours, self.of_teacher.taken() as theirs:
             for network in (student, teacher):
                 ids = torch.zeros(1, 2, dtype=torch.long, device=network.device)
                 network(input_ids=ids, **({"decoder_input_ids": ids} if network.config.is_encoder_decoder else {}))
             for key, stack in ours.items():
-                for kind in kinds:
-                    both(kind, stack.heads[0], theirs[key].heads[0], self.signals.relation_heads)
+                for side, network in ((stack, student), (theirs[key], teacher)):
+                    if sorted(side.hidden) != list(range(side.depth + 1)):
+                        kind = type(network.config).__name__
+                        raise ValueError(f"the hidden states of {kind} are not known by name; leave --model.inner out")
+                for layers in self._compared_heads(key):
+                    pair = []
+                    for side, network, i in zip((stack, theirs[key]), (student, teacher), layers, strict=True):
+                        pair.append(side.heads.get(i))
+                        if pair[-1] is None or pair[-1].queries_BTW.shape[:2] != (1, 2):
+                            raise ValueError(
+                                "--model.inner.attention and .relations do not know the queries, keys and values of "
+                                f"layer {i} of {type(network.config).__name__}; leave them out"
+                            )
+                    for kind in kinds:
+                        both(kind, *pair, self.signals.relation_heads)
+
+    def _compared_heads(self, key: str) -> list[tuple[int, int]]:
+        """Layers of the student and of the teacher."""
+        found = list(enumerate(self.maps[key])) if self.signals.attention else []
+        if self.signals.relations:
+            depths = self.of_student.stacks[key].depth, self.of_teacher.stacks[key].depth
+            found.append((depths[0] - 1, self.signals.relation_layer % depths[1]))
+        return found
 
     def _projected(self) -> list[str]:
         """Places whose hidden states are compared: the stack and how many layers are before."""
@@ -198,8 +222,8 @@ class InnerLoss(nn.Module):
 
 
 def even_map(student: int, teacher: int) -> list[int]:
-    """Teacher's layers for the student's, evenly spaced, the last with the last."""
-    return [round((i + 1) * teacher / student) - 1 for i in range(student)]
+    """Teacher's layers for the student's, evenly spaced, the last with the last; of a deeper student some twice."""
+    return [max(0, round((i + 1) * teacher / student) - 1) for i in range(student)]
 
 
 def require_map(layers: list[int], student: int, teacher: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_modules.activations import LAYER, Activations
@@ -14,10 +14,18 @@ from lightning_modules.model_folder import max_positions
 
 DEPTHS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 """Fields of configs that count layers; an encoder-decoder has two."""
+WIDTHS = ("embedding_size", "word_embed_proj_dim")
+"""Fields that are the hidden states' width where there is no projection between."""
+INDICES = ("full_attn_idxs", "mlp_only_layers", "moe_layers")
+"""Fields that list numbers of layers."""
+BY_LAYER = re.compile(r"layer|_types$|_pattern$|^intermediate_size$")
+"""Fields that, where they are lists as long as the model is deep, have a value for each layer."""
+OF_FIRST = "relative_attention_bias"
+"""What the first layer of T5 has for all of them."""
 FUSED = re.compile(r"\.(c_attn|query_key_value|Wqkv|qkv_proj|Wi|gate_up_proj)\.")
 """Several matrices in one, of which no leading part is a part of each."""
 OF_HEADS = (
-    re.compile(r"\.(q_proj|k_proj|v_proj|query|key|value|q_lin|k_lin|v_lin|q|k|v)\.(weight|bias)$"),
+    re.compile(r"\.(q_proj|k_proj|v_proj|(pos_)?(query|key|value)(_proj)?|q_lin|k_lin|v_lin|q|k|v)\.(weight|bias)$"),
     re.compile(r"\.(o_proj|out_proj|out_lin|o|attention\.output\.dense)\.weight$"),
 )
 """Weights whose first, and whose second axis is of heads."""
@@ -42,17 +50,23 @@ class PartOfTeacher:
     narrow: Literal["slice", "project"] = "slice"
 
     def config(self, teacher: PreTrainedConfig) -> PreTrainedConfig:
-        config = copy.deepcopy(teacher)
+        config, depths = copy.deepcopy(teacher), set()
         for name in DEPTHS:
             if (depth := getattr(teacher, name, None)) is None:
                 continue
+            depths.add(depth)
             outside = [layer for layer in self.teacher_layers if not 0 <= layer < depth]
             if outside or not self.teacher_layers:
                 wrong = f"layer {outside[0]}" if outside else "no layer"
                 raise ValueError(f"--model.student.teacher_layers names {wrong}; the teacher has 0 to {depth - 1}")
             setattr(config, name, len(self.teacher_layers))
-        if getattr(config, "layer_types", None):
-            config.layer_types = [teacher.layer_types[layer] for layer in self.teacher_layers]
+        for name, value in vars(teacher).items():
+            if name in INDICES:
+                setattr(config, name, [i for i, layer in enumerate(self.teacher_layers) if layer in (value or ())])
+            elif isinstance(value, list | tuple) and len(value) in depths and BY_LAYER.search(name):
+                setattr(config, name, [value[layer] for layer in self.teacher_layers])
+        if hasattr(config, "attention_types"):  # of GPT-Neo, from which a loaded config makes its attention_layers
+            config.attention_types = [[[kind], 1] for kind in config.attention_layers]
         for name, value in self.fields.items():
             if teacher.attribute_map.get(name, name) in {teacher.attribute_map.get(depth, depth) for depth in DEPTHS}:
                 raise ValueError(f"--model.student.fields {name}: the layers follow from teacher_layers; leave it out")
@@ -62,41 +76,96 @@ class PartOfTeacher:
             setattr(config, name, value)
         return config
 
+    def layer_of(self, name: str) -> str:
+        """The name in the teacher of a weight of the student, or of a module."""
+        match = LAYER.search(name)
+        return f"{name[: match.start(2)]}{self.teacher_layers[int(match[2])]}{name[match.end(2) :]}" if match else name
+
+    def require_same_layers(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        """Raises ValueError where a layer works in another way than the one that it begins as: with another kind of
+        attention, or with experts."""
+        theirs = dict(teacher.named_modules())
+        for name, module in student.named_modules():
+            other = theirs.get(self.layer_of(f"{name}.")[:-1])
+            if not LAYER.search(f"{name}.") or name.endswith(OF_FIRST):
+                continue
+            ours, there = way_of(module), {} if other is None else way_of(other)
+            if differing := [key for key in ours if ours[key] != there.get(key)]:
+                key = differing[0]
+                raise ValueError(
+                    f"--model.student.teacher_layers {self.teacher_layers}: by its place {name} gets the {key} "
+                    f"{ours[key]}, and what it would begin as has {there.get(key)}; take layers of the same kind"
+                )
+
     @torch.no_grad()
     def fill(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Tensor:
         """Copies weights, in place; returns (c, C) the directions of the teacher's hidden states that the student's
         are. Raises ValueError for a layout of which the layers or the parts are not known."""
+        self.require_same_layers(student, teacher)
         whole, copied_layers = teacher.state_dict(), False
         widths = [network.config.get_text_config().hidden_size for network in (student, teacher)]
         is_projected = self.narrow == "project" and widths[0] < widths[1]
+        axes = axes_of_width(student) if is_projected else {}
         directions_cC = (principal_directions(teacher) if is_projected else torch.eye(widths[1]))[: widths[0]]
-        for name, part in student.state_dict().items():
-            if match := LAYER.search(name):
+        for ours, part in student.state_dict().items():
+            name = ours
+            if LAYER.search(name):
                 copied_layers = True
-                layer = self.teacher_layers[int(match[2])]
-                of_layer = f"{name[: match.start(2)]}{layer}{name[match.end(2) :]}"
-                # What only the first layer has, such as T5's relative positions, stays the first layer's.
-                name = of_layer if of_layer in whole else name
+                name = name if OF_FIRST in name else self.layer_of(name)
+            if name not in whole or whole[name].ndim != part.ndim:
+                raise ValueError(
+                    f"--model.student: the teacher has no {name} that the student's could be a part of; name the "
+                    "fields that it follows from, such as embedding_size beside hidden_size, or leave fields out"
+                )
             if part.shape != whole[name].shape and FUSED.search(name):
                 raise ValueError(f"--model.student.fields cuts {name}, which holds several matrices; leave fields out")
             weight = whole[name]
             if is_projected:
-                weight = projected(name, weight, part.shape, directions_cC)
+                weight = projected(name, weight, axes[ours], directions_cC)
             part.copy_(weight[tuple(slice(size) for size in part.shape)])
         if not copied_layers:
             kind = type(teacher.config).__name__
             raise ValueError(f"--model.student.teacher_layers does not know the layers of {kind}; pass an architecture")
+        if lost := [name for name in whole if not LAYER.search(name) and name not in student.state_dict()]:
+            raise ValueError(f"--model.student.fields leave no place for the teacher's {lost[0]}; pass other sizes")
         return directions_cC
 
 
-def projected(name: str, weight: Tensor, shape: torch.Size, directions_cC: Tensor) -> Tensor:
-    """A teacher's weight with its axes of hidden states in fewer directions; those of heads and inner layers stay."""
-    c, C = directions_cC.shape
-    if NORM.search(name):  # one factor a place: the mean of those that go into a direction
-        return directions_cC.square() @ weight if shape == (c,) else weight
-    for axis in range(weight.ndim):
-        is_of_heads = OF_HEADS[min(axis, 1)].search(name) is not None
-        if weight.shape[axis] == C and shape[axis] == c and not is_of_heads:
+def way_of(module: nn.Module) -> dict[str, object]:
+    """What a module does, but for its place and its sizes."""
+    kinds = {key: value for key, value in vars(module).items() if isinstance(value, bool | str)}
+    return {"class": type(module).__name__} | {
+        key: value for key, value in kinds.items() if key != "training" and OF_FIRST not in key
+    }
+
+
+def axes_of_width(network: PreTrainedModel) -> dict[str, list[int]]:
+    """For each weight the axes of hidden states: those that are longer in a network that is wider."""
+    own = network.state_dict()
+    for factor in (2, 3, 5):
+        config = copy.deepcopy(network.config)
+        text = config.get_text_config()
+        width = text.hidden_size
+        for field_name in ("hidden_size", *WIDTHS):
+            if getattr(text, field_name, None) == width:
+                setattr(text, field_name, factor * width)
+        with torch.device("meta"):
+            wide = type(network)(config).state_dict()
+        if wide.keys() == own.keys():  # a width that happens to be that of the embeddings has other weights
+            break
+    found = {}
+    for name, weight in own.items():
+        longer = [axis for axis in range(weight.ndim) if weight.shape[axis] != wide[name].shape[axis]]
+        found[name] = [axis for axis in longer if OF_HEADS[min(axis, 1)].search(name) is None]
+    return found
+
+
+def projected(name: str, weight: Tensor, axes: list[int], directions_cC: Tensor) -> Tensor:
+    """A teacher's weight with its axes of hidden states in fewer directions."""
+    for axis in axes:
+        if NORM.search(name):  # one factor a place: the mean of those that go into a direction
+            weight = directions_cC.square() @ weight
+        else:
             weight = torch.tensordot(weight, directions_cC, ([axis], [1])).movedim(-1, axis)
     return weight
 

@@ -90,6 +90,8 @@ class TaskDistillation(Taught, FineTune):
     def seen(self, batch: dict[str, Tensor]) -> dict[str, Seen]:
         """An example counts once, whatever its length."""
         is_real_BT, once_B = batch["attention_mask"].bool(), (batch["rows"] >= 0).float()
+        if self.base_config.is_encoder_decoder:  # its decoder reads the text once more
+            return {"encoder": seen_by(is_real_BT, once_B, False), "decoder": seen_by(is_real_BT, once_B, True)}
         return {"layers": seen_by(is_real_BT, once_B, not self.is_encoder)}
 
     @property

@@ -10,7 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    ElectraConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    LlamaConfig,
+    Qwen2MoeConfig,
+    SmolLM3Config,
+)
 
 from lightning_modules.callbacks import comparison
 from lightning_modules.distillation import CausalDistillation, DenoisingDistillation, MaskedDistillation
@@ -142,6 +152,8 @@ def test_what_the_first_layer_alone_has_stays(texts, denoiser):
 
 def test_a_layout_that_is_not_known_is_refused():
     """Rather than cut in the wrong place: three matrices in one, and an LSTM, whose layers have other names."""
+    electra = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 1}
+    moe = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "moe_intermediate_size": 4}
     for config, part, told in (
         (
             GPT2Config(n_embd=8, n_head=2, n_layer=2, vocab_size=9),
@@ -149,10 +161,59 @@ def test_a_layout_that_is_not_known_is_refused():
             "several matrices",
         ),
         (LSTMConfig(hidden_size=8, num_hidden_layers=2, vocab_size=9), PartOfTeacher([1]), "does not know the layers"),
+        (ElectraConfig(embedding_size=8, **electra), PartOfTeacher([0], {"hidden_size": 4}), "the teacher has no"),
+        (ElectraConfig(embedding_size=4, **electra), PartOfTeacher([0], {"hidden_size": 4}), "leave no place for"),
+        (
+            Qwen2MoeConfig(num_hidden_layers=4, decoder_sparse_step=2, num_experts=2, vocab_size=9, **moe),
+            PartOfTeacher([1, 3]),
+            "layers.0.mlp gets the class Qwen2MoeMLP",
+        ),
     ):
-        teacher, student = (AutoModelForCausalLM.from_config(c) for c in (config, part.config(config)))
+        auto_class = AutoModelForMaskedLM if config.model_type == "electra" else AutoModelForCausalLM
+        teacher, student = (auto_class.from_config(c) for c in (config, part.config(config)))
         with pytest.raises(ValueError, match=told):
             part.fill(student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        (
+            SmolLM3Config(pad_token_id=0, num_key_value_heads=2),
+            {"no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 2},
+        ),
+        (
+            Qwen2MoeConfig(mlp_only_layers=[2], num_experts=2, num_experts_per_tok=1, moe_intermediate_size=4),
+            {"mlp_only_layers": [0]},
+        ),
+        (
+            GPTNeoConfig(num_layers=4, attention_types=[[["global", "local"], 2]]),
+            {"attention_layers": ["global", "local"], "attention_types": [[["global"], 1], [["local"], 1]]},
+        ),
+    ],
+)
+def test_what_a_config_says_of_each_layer_goes_with_it(config, fields, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 40}
+    if config.model_type == "qwen2_moe":
+        config.num_key_value_heads = 2
+    for name, value in sizes.items():
+        setattr(config, config.attribute_map.get(name, name), value)
+    for name, values in vars(config).items():
+        if isinstance(values, list) and len(values) > 4:  # made for the depth that is the default
+            setattr(config, name, values[:4])
+    part = PartOfTeacher([2, 3])
+    teacher, student = (AutoModelForCausalLM.from_config(c).eval() for c in (config, part.config(config)))
+    part.fill(student, teacher)
+    assert {name: getattr(student.config, name) for name in fields} == fields
+    student.save_pretrained(tmp_path)
+    ids = torch.arange(12)[None]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).logits, student(ids).logits)
+    layers = teacher.base_model.h if config.model_type == "gpt_neo" else teacher.base_model.layers
+    del layers[:2]  # what is left of the teacher says the same
+    for network in (teacher, teacher.base_model):
+        network.config = student.config
+    torch.testing.assert_close(teacher(ids, use_cache=False).logits, student(ids, use_cache=False).logits)
 
 
 def test_a_trained_folder_goes_on(texts, decoder):

@@ -11,10 +11,18 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
     BertConfig,
+    BloomConfig,
+    DebertaV2Config,
     DistilBertConfig,
+    ElectraConfig,
     GPT2Config,
+    GPTBigCodeConfig,
+    GPTNeoXConfig,
     LlamaConfig,
+    MambaConfig,
     ModernBertConfig,
+    MptConfig,
+    OPTConfig,
     Phi3Config,
     Qwen3Config,
     T5Config,
@@ -23,6 +31,7 @@ from transformers import (
 from lightning_modules.activations import Activations, Heads
 from lightning_modules.distillation import CausalDistillation, DenoisingDistillation, MaskedDistillation
 from lightning_modules.inner_signals import (
+    InnerLoss,
     InnerSignals,
     attention_distance,
     even_map,
@@ -33,7 +42,7 @@ from lightning_modules.inner_signals import (
 )
 from lightning_modules.losses import IGNORED
 from lightning_modules.lstm import LSTMConfig
-from lightning_modules.student import PartOfTeacher, principal_directions
+from lightning_modules.student import PartOfTeacher, axes_of_width, principal_directions
 from tests.distilling import as_command, fit, flags_of, opened, refused
 from tests.faults import signal_at, state
 
@@ -43,8 +52,13 @@ LAYOUTS = {
     "qwen3": (AutoModelForCausalLM, Qwen3Config(num_key_value_heads=2, head_dim=12)),
     "phi3": (AutoModelForCausalLM, Phi3Config(num_key_value_heads=2, pad_token_id=0)),
     "gpt2": (AutoModelForCausalLM, GPT2Config()),
+    "gpt_neox": (AutoModelForCausalLM, GPTNeoXConfig()),
+    "bloom": (AutoModelForCausalLM, BloomConfig()),
+    "gpt_bigcode": (AutoModelForCausalLM, GPTBigCodeConfig(multi_query=False)),
+    "mpt": (AutoModelForCausalLM, MptConfig()),
     "bert": (AutoModelForMaskedLM, BertConfig()),
     "distilbert": (AutoModelForMaskedLM, DistilBertConfig(dim=32, hidden_dim=64, n_layers=3, n_heads=4)),
+    "deberta": (AutoModelForMaskedLM, DebertaV2Config(relative_attention=True, pos_att_type=["c2p", "p2c"])),
     "modernbert": (AutoModelForMaskedLM, ModernBertConfig(pad_token_id=0)),
     "bart": (AutoModelForSeq2SeqLM, BartConfig(d_model=32, encoder_layers=3, decoder_layers=3)),
     "t5": (AutoModelForSeq2SeqLM, T5Config(d_kv=8, num_decoder_layers=3)),
@@ -88,7 +102,7 @@ def test_what_is_taken_is_what_transformers_itself_gives(name):
     assert not any(stack.hidden or stack.heads for stack in activations.stacks.values())
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "gpt_bigcode"])
 def test_the_relation_of_queries_and_keys_is_attention(name):
     """transformers' own probabilities, where no rotary positions come between."""
     model, ids = network(name), torch.randint(40, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -100,7 +114,7 @@ def test_the_relation_of_queries_and_keys_is_attention(name):
         heads = stacks["layers"].heads[1]
     other = Heads(*(torch.zeros_like(part) for part in heads[:3]), heads.size)  # attends to all alike
     pairs = torch.ones(2, 7, 7, dtype=torch.bool)
-    pairs = pairs.tril() if name == "gpt2" else pairs
+    pairs = pairs if name == "bert" else pairs.tril()
     kl_BT = relation_kl("qk", other, heads, 4, pairs)
     p_BATT = probabilities[1]
     uniform = pairs / pairs.sum(-1, keepdim=True)
@@ -278,6 +292,7 @@ def test_a_run_goes_on_with_the_signals_it_began_with(texts, decoder, tmp_path, 
         ({"model.inner.hidden": 1, "model.inner.layer_map": "[0,1]"}, "has 2 numbers; the student has 1 layers"),
         ({"model.inner.relations": 1, "model.inner.relation_layer": 5}, "relation_layer is 5"),
         ({"model.inner.relations": 1, "model.inner.relation_heads": 3}, "does not divide"),
+        ({"model.inner.relations": 1, "model.inner.relation_heads": -1}, "relation_heads is -1"),
         ({"model.inner.hidden": 0}, "one or more above zero"),
         ({"model.inner.hidden": 1, "model.inner.first": 1.0}, "pass a part of the run"),
         ({"model.inner.hidden": 1, "model.compile": True}, "leave one out"),
@@ -291,6 +306,20 @@ def test_what_cannot_be_compared_is_one_line(flags, told, texts, decoder, tmp_pa
 def test_a_network_without_known_layers_is_refused(texts, decoder):
     with pytest.raises(ValueError, match="not known by name; leave --model.inner out"):
         opened(texts, decoder, student=LSTMConfig(hidden_size=8), inner=InnerSignals(hidden=1.0))
+
+
+def test_layers_without_attention_have_hidden_states_alone(texts, decoder):
+    student = MambaConfig(hidden_size=8, state_size=4, num_hidden_layers=1)
+    module, batch = opened(texts, decoder, student=student, inner=InnerSignals(hidden=1.0))
+    assert float(module.training_loss(batch, 1.0)[-1]) > 0
+    with pytest.raises(ValueError, match="do not know the queries, keys and values of layer 0 of MambaConfig"):
+        opened(texts, decoder, student=student, inner=InnerSignals(relations=1.0))
+
+
+def test_an_encoder_decoder_is_compared_with_its_like_alone():
+    student, teacher = network("bart"), network("bert")
+    with pytest.raises(ValueError, match="an encoder and a decoder"):
+        InnerLoss(InnerSignals(hidden=1.0), student, teacher)
 
 
 # A narrower student that begins along the teacher's own directions
@@ -309,7 +338,7 @@ def test_the_directions_are_orthonormal_and_the_largest_come_first():
     assert (sizes.diff() <= 1e-3 * sizes[0]).all()
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "bert", "deberta", "t5"])
 def test_a_projected_student_says_more_of_what_its_teacher_says(name):
     """Of a teacher whose embeddings lie in few directions, which none of the axes is."""
     teacher = network(name)
@@ -320,7 +349,7 @@ def test_a_projected_student_says_more_of_what_its_teacher_says(name):
     ids, found = torch.randint(40, (4, 8)), {}
     for narrow in ("slice", "project"):
         part = PartOfTeacher([0, 1, 2], {"hidden_size": 16}, narrow)
-        if name == "bert":
+        if name in ("bert", "deberta"):
             part.fields["num_attention_heads"] = 2
         config = part.config(teacher.config)
         if name == "llama":
@@ -331,3 +360,33 @@ def test_a_projected_student_says_more_of_what_its_teacher_says(name):
         found[narrow] = float((p.exp() * (p - q)).sum(-1).mean())
         assert json.loads(student.config.to_json_string())
     assert found["project"] < found["slice"]
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "axes"),
+    [
+        # A width that is also that of a head, or of the embeddings, which lie apart or not.
+        (
+            Qwen3Config(head_dim=16, num_key_value_heads=2),
+            {"hidden_size": 16},
+            {"embed_tokens": [1], "2.self_attn.q_norm": []},
+        ),
+        (ElectraConfig(embedding_size=8), {"hidden_size": 16}, {"word_embeddings": [], "embeddings_project": [0]}),
+        (
+            OPTConfig(word_embed_proj_dim=32, ffn_dim=64),
+            {"hidden_size": 16, "word_embed_proj_dim": 16, "num_attention_heads": 2},
+            {"embed_tokens": [1], "2.fc1": [1]},
+        ),
+    ],
+)
+def test_the_axes_of_hidden_states_are_found_whatever_else_has_their_length(config, fields, axes):
+    for name, value in {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 40}.items():
+        setattr(config, config.attribute_map.get(name, name), value)
+    config.max_position_embeddings = 64
+    auto_class = AutoModelForMaskedLM if config.model_type == "electra" else AutoModelForCausalLM
+    part = PartOfTeacher([0, 1, 2], fields, "project")
+    student, teacher = auto_class.from_config(part.config(config)), auto_class.from_config(config)
+    part.fill(student, teacher)
+    found = axes_of_width(student)
+    for end, expected in axes.items():
+        assert [found[name] for name in found if name.endswith(f"{end}.weight")] == [expected]
