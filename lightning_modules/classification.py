@@ -24,6 +24,11 @@ PROBLEMS = {"one": "single_label_classification", "several": "multi_label_classi
 """What transformers calls a kind of labels."""
 
 
+def labels_of(config: PreTrainedConfig) -> list[str]:
+    """Of a model's head, in its order."""
+    return [config.id2label[i] for i in range(config.num_labels)]
+
+
 class Classification(FineTune):
     """Sentiment and every other label of a text or of a pair of texts.
 
@@ -69,6 +74,21 @@ class Classification(FineTune):
             "id2label": dict(enumerate(names)),
             "label2id": {name: i for i, name in enumerate(names)},
         }
+
+    def new_network(self, auto_class: type, fields: dict[str, object]) -> PreTrainedModel:
+        network = super().new_network(auto_class, fields)
+        return network if self.origin is None else self.with_labels_of(self.base_config, network)
+
+    def with_labels_of(self, config: PreTrainedConfig, network: PreTrainedModel) -> PreTrainedModel:
+        """A head that came from a model of this config, in place with its rows in the order of the data's labels."""
+        names, own = self.trainer.datamodule.label_names, labels_of(config)
+        if own != names and sorted(own) == sorted(names):
+            order_L = torch.tensor([own.index(name) for name in names])
+            for name, part in network.named_parameters():
+                is_head = not name.startswith(f"{network.base_model_prefix}.")
+                if is_head and len(part) == len(order_L):
+                    part.data.copy_(part.data[order_L])
+        return network
 
     def measured(self) -> list[str]:
         return ["loss", *self.validation]

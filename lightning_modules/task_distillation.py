@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
-from lightning_modules.classification import Classification
+from lightning_modules.classification import PROBLEMS, Classification, labels_of
 from lightning_modules.completion import Completion, left_padded
 from lightning_modules.finetune import NEW, FineTune
 from lightning_modules.inner_signals import Seen, seen_by, up_to_last_label
@@ -138,11 +138,16 @@ class ClassificationDistillation(TaskDistillation, Classification):
         """For each teacher's network the places of the data's labels among its own."""
         names, found = self.trainer.datamodule.label_names, {}
         for teacher in self.teachers:
-            own = [teacher.config.id2label[i] for i in range(teacher.config.num_labels)]
+            own, problem = labels_of(teacher.config), teacher.config.problem_type
             if sorted(own) != sorted(names) and self.kind != "number":
                 raise ValueError(
                     f"--model.teacher {teacher.folder} has the labels {', '.join(own)}, the data "
                     f"{', '.join(names)}; pass a teacher of these labels"
+                )
+            if problem not in (None, PROBLEMS[self.kind]) or (self.kind == "number" and len(own) != 1):
+                raise ValueError(
+                    f"--model.teacher {teacher.folder} is of {problem or f'{len(own)} labels'}, and the data are of "
+                    f"{PROBLEMS[self.kind]}; pass a teacher of the same"
                 )
             if own != names and self.kind != "number":
                 found[id(teacher.network)] = torch.tensor([own.index(name) for name in names])
@@ -154,15 +159,9 @@ class ClassificationDistillation(TaskDistillation, Classification):
         return fields
 
     def new_network(self, auto_class: type, fields: dict[str, object]) -> PreTrainedModel:
-        """A head that came with the teacher's layers has its rows put into the order of the data's labels."""
         network = super().new_network(auto_class, fields)
-        order_L = self.orders.get(id(self.teachers[0].network))
-        if isinstance(self.student, PartOfTeacher) and order_L is not None:
-            for name, part in network.named_parameters():
-                is_head = not name.startswith(f"{network.base_model_prefix}.")
-                if is_head and len(part) == len(order_L):
-                    part.data.copy_(part.data[order_L])
-        return network
+        is_part = isinstance(self.student, PartOfTeacher)
+        return self.with_labels_of(self.teachers[0].config, network) if is_part else network
 
     def logits(self, batch: dict[str, Tensor], network: PreTrainedModel | None = None) -> Tensor:
         network = network or self.plain_network

@@ -212,6 +212,19 @@ def test_weights_of_classes_are_ratios(encoder, reviews, tmp_path):
     assert small["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-4)
 
 
+def test_a_head_with_its_labels_in_another_order_says_what_it_said(encoder, reviews, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    network = AutoModelForSequenceClassification.from_pretrained(encoder, id2label={0: "good", 1: "bad"})
+    network.classifier.weight.data.normal_(0, 1)
+    for part in (network, tokenizer):
+        part.save_pretrained(tmp_path / "other")
+    module, batch = network_of(tmp_path / "other", reviews)
+    found = module.network.eval()
+    assert found.config.id2label == {0: "bad", 1: "good"}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(found(**inputs).logits, network.eval()(**inputs).logits.flip(1))
+
+
 def test_another_seed_is_another_head(encoder, reviews, tmp_path):
     short = {"trainer.max_steps": 2, "trainer.val_check_interval": 2}
     losses = [

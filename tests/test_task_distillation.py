@@ -240,8 +240,9 @@ def test_a_teachers_labels_may_stand_in_another_order(data, teachers, tmp_path):
     assert float(other.training_loss(batch, 1.0)[3]) == pytest.approx(expected, rel=1e-4)
     ours, theirs = (module.logits(batch, module.teachers[0].network) for module in (other, plain))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)  # as validation reads it for the table
-    begun, _ = opened("one", data, teachers | {"one": tmp_path / "other"}, student=PartOfTeacher([0, 1]))
-    assert abs(float(begun.training_loss(batch, 1.0)[3])) < 2e-3 * 4  # its head has the data's order
+    for student in (PartOfTeacher([0, 1]), str(tmp_path / "other")):
+        begun, _ = opened("one", data, teachers | {"one": tmp_path / "other"}, student=student)
+        assert abs(float(begun.training_loss(batch, 1.0)[3])) < 2e-3 * 4  # its head has the data's order
 
 
 def test_a_student_folder_with_another_tokenizer_is_refused(data, teachers, tmp_path):
@@ -395,6 +396,21 @@ def test_a_teacher_of_other_labels_or_without_them_is_one_line(data, teachers, t
     assert "is a BertForMaskedLM, no AutoModelForSequenceClassification" in refused(
         capsys, *flags_of("one", tmp_path / "b", data, teachers, **{"model.teacher": encoder})
     )
+
+
+def test_a_teacher_of_another_kind_of_labels_is_refused(data, teachers, tmp_path):
+    """Whose outputs mean something else, however many they are."""
+    with pytest.raises(ValueError, match="is of single_label_classification, and the data are of regression"):
+        opened("number", data, teachers, teacher=str(teachers["one"]))
+    network = AutoModelForSequenceClassification.from_pretrained(teachers["one"], problem_type=None)
+    shutil.copytree(teachers["one"], tmp_path / "two")
+    network.save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="is of 2 labels, and the data are of regression"):
+        opened("number", data, teachers, teacher=str(tmp_path / "two"))
+    network.config.problem_type = "multi_label_classification"
+    network.save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="is of multi_label_classification, and the data are of single_label"):
+        opened("one", data, teachers, teacher=str(tmp_path / "two"))
 
 
 def test_without_a_teacher_it_says_so(data, teachers, tmp_path, capsys, monkeypatch):
