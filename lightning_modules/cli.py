@@ -110,11 +110,20 @@ class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml into the run's folder, so that `fit --config config.yaml` is the same run again."""
+    """Writes config.yaml into the run's folder, so that `fit --config config.yaml` is the same run again.
+
+    Once the run begins: one that is refused, such as by the checkpoint that it was to go on from, changes nothing.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not self.already_saved:
+            self.save_config(trainer, pl_module, "fit")
+            self.already_saved = True
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
         folder = Path(trainer.default_root_dir)
         text = redacted(self.parser.dump(self.config, skip_none=False)).replace(" from_:", " from:")
         (folder / "config.yaml").touch(mode=0o600)

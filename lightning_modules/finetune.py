@@ -26,7 +26,7 @@ from lightning_modules.architectures import fit_config
 from lightning_modules.checkpoint_io import replace_folder
 from lightning_modules.model_folder import find_folder, max_positions, newest_pretraining
 from lightning_modules.optim import adamw
-from lightning_modules.scheduled_step import ScheduledStep, require_same
+from lightning_modules.scheduled_step import ScheduledStep, comparable, require_same
 from lightning_modules.schedules import Linear, Schedule
 
 NEW = "new"
@@ -207,13 +207,13 @@ class FineTune(ScheduledStep):
             )
         self._require_positions(max_positions(network))
 
-    def _require_positions(self, positions: int | None) -> None:
+    def _require_positions(self, positions: int | None, whose: str = "the model") -> None:
         data = self.trainer.datamodule
         width = -(-data.seq_len // 8) * 8  # to which examples are padded
         if positions is not None and width > positions:
             raise ValueError(
-                f"an example has {data.seq_len:,} tokens, {width:,} when it is padded, and the model {positions:,} "
-                f"positions; pass --data.max_length {positions // 8 * 8}"
+                f"an example has {data.seq_len:,} tokens, {width:,} when it is padded, and {whose} "
+                f"{positions:,} positions; pass --data.max_length {positions // 8 * 8}"
             )
 
     @property
@@ -291,10 +291,12 @@ class FineTune(ScheduledStep):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["task"] = self._task()
+        checkpoint["architecture"] = comparable(self.plain_network.config)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         there, here = checkpoint.get("task", {}), self._task()
         require_same(there, here)
+        require_same(checkpoint["architecture"], comparable(self.plain_network.config))
         super().on_load_checkpoint(checkpoint)
 
     def _task(self) -> dict[str, object]:

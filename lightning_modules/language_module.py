@@ -3,7 +3,6 @@
 Shape suffixes: B rows, T tokens of a row.
 """
 
-import json
 import os
 from functools import partial
 from typing import ClassVar, Literal
@@ -19,7 +18,7 @@ from lightning_modules.architectures import build, fit_config
 from lightning_modules.losses import IGNORED
 from lightning_modules.metrics import LanguageModelLoss
 from lightning_modules.optim import adamw
-from lightning_modules.scheduled_step import ScheduledStep
+from lightning_modules.scheduled_step import ScheduledStep, comparable, require_same
 from lightning_modules.schedules import Cosine, Schedule
 from lightning_modules.token_loss import TokenLoss
 
@@ -157,19 +156,8 @@ class LanguageModule(ScheduledStep):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         if "architecture" not in checkpoint:
             raise ValueError("the checkpoint is of another recipe; resume it with the script that made it")
-        there, here = checkpoint["architecture"], comparable(self.architecture)
-        for name in sorted(there.keys() | here.keys()):
-            if there.get(name) != here.get(name):
-                raise ValueError(
-                    f"the checkpoint has {name} = {there.get(name)}, --model.architecture gives {here.get(name)}; "
-                    "resume with the flags of the run's config.yaml"
-                )
+        require_same(checkpoint["architecture"], comparable(self.architecture))
         super().on_load_checkpoint(checkpoint)
-
-
-def comparable(config: PreTrainedConfig) -> dict[str, object]:
-    """What makes a network the one it is, in types that a checkpoint may hold."""
-    return json.loads(config.to_json_string(use_diff=False))
 
 
 def network_inputs(batch: dict[str, Tensor], objective: str, config: PreTrainedConfig) -> dict[str, Tensor | dict]:

@@ -1,5 +1,6 @@
 """An exact step with its optimizer and its schedule: what pretraining and fine-tuning share."""
 
+import json
 from abc import abstractmethod
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_modules import cpu_kernels, hardware
 from lightning_modules.architectures import flops_per_token
@@ -163,11 +164,17 @@ class ScheduledStep(ExactStep):
         return elapsed / (elapsed + timer.time_remaining())
 
 
+def comparable(config: PreTrainedConfig) -> dict[str, object]:
+    """What makes a network the one it is, wherever it was loaded from, in types that a checkpoint may hold."""
+    fields = json.loads(config.to_json_string(use_diff=False))
+    return {name: value for name, value in fields.items() if name != "_name_or_path"}
+
+
 def require_same(there: dict[str, object], here: dict[str, object]) -> None:
     """Raises ValueError with what a checkpoint has that the run which goes on from it does not."""
-    for name, value in here.items():
-        if there.get(name) != value:
+    for name in [*here, *sorted(there.keys() - here.keys())]:
+        if there.get(name) != here.get(name):
             raise ValueError(
-                f"the checkpoint has {name} {there.get(name)}, this run {value}; resume with the flags of the run's "
-                "config.yaml"
+                f"the checkpoint has {name} {there.get(name)}, this run {here.get(name)}; resume with the flags of the "
+                "run's config.yaml"
             )

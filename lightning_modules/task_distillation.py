@@ -64,6 +64,8 @@ class TaskDistillation(Taught, FineTune):
         return newest_task(cls.__name__.removesuffix("Distillation"))
 
     def new_network(self, auto_class: type, fields: dict[str, object]) -> PreTrainedModel:
+        for teacher in self.teachers:
+            self._require_positions(teacher.positions, f"--model.teacher {teacher.folder}")
         if isinstance(self.student, PartOfTeacher):
             for name, value in fields.items():
                 setattr(self.architecture, name, value)

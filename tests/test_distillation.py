@@ -243,6 +243,12 @@ def test_a_run_ends_with_teacher_control_and_student(texts, decoder, tmp_path, c
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 16
 
 
+def test_the_gap_is_of_the_loss_where_the_best_is_by_something_else(texts, decoder, tmp_path):
+    best = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/perplexity", "save_last": True}}
+    fit(tmp_path, texts, decoder, **{"trainer.callbacks+": json.dumps(best)})
+    assert json.loads((tmp_path / "summary.json").read_text())["gap_by"] == "loss"
+
+
 def test_two_ranks_are_two_micro_batches_and_a_terminated_run_goes_on_as_either(texts, decoder, tmp_path):
     common = {"comparison.control": False, "ckpt_path": "last"}
     one = {"trainer.accumulate_grad_batches": 2, "trainer.val_check_interval": 12}  # in micro-batches
@@ -332,9 +338,12 @@ def test_a_teacher_that_is_trained_first_reads_the_same_text(monkeypatch, tmp_pa
 def test_a_run_goes_on_with_what_it_began_with(texts, decoder, tmp_path, capsys):
     quick = {"comparison.control": False, "trainer.max_steps": 2, "trainer.val_check_interval": 2}
     fit(tmp_path, texts, decoder, **quick)
-    common = {**quick, "trainer.max_steps": 4, "ckpt_path": "last"}
+    common, config = {**quick, "trainer.max_steps": 4, "ckpt_path": "last"}, (tmp_path / "config.yaml").read_text()
     other = refused(capsys, *flags_of(tmp_path, texts, decoder, **common, **{"model.divergence": "jsd"}))
     assert "the checkpoint has divergence forward_kl, this run jsd" in other
+    assert (tmp_path / "config.yaml").read_text() == config  # what was refused changes nothing
+    other = refused(capsys, *flags_of(tmp_path, texts, decoder, **common, **{"model.student.hidden_size": 8}))
+    assert "the checkpoint has head_dim 8, this run 4" in other
     shutil.copytree(decoder, tmp_path / "moved")
     fit(tmp_path, texts, tmp_path / "moved", **common)
     other = AutoModelForCausalLM.from_pretrained(decoder)

@@ -413,6 +413,26 @@ def test_a_teacher_of_another_kind_of_labels_is_refused(data, teachers, tmp_path
         opened("one", data, teachers, teacher=str(tmp_path / "two"))
 
 
+def test_a_teacher_with_fewer_positions_than_padded_examples_is_refused(data, teachers, tmp_path):
+    config = BertConfig.from_pretrained(teachers["one"], max_position_embeddings=30)
+    for part in (BertForSequenceClassification(config), AutoTokenizer.from_pretrained(teachers["one"])):
+        part.save_pretrained(tmp_path)
+    labelled = Labelled(path=str(data / "one.jsonl"), max_length=28, batch_size=4, val_fraction=0.2)
+    with pytest.raises(ValueError, match="28 tokens, 32 when it is padded, and --model.teacher .* 30 positions"):
+        started(ClassificationDistillation(student=small("one"), teacher=str(tmp_path)), labelled)
+
+
+def test_a_run_goes_on_with_the_student_that_it_began_with(data, teachers, tmp_path, capsys):
+    student = {f"model.student.{name}": value for name, value in TINY_BERT.items()}
+    short = {"trainer.max_epochs": -1, "trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    more = {"comparison.control": False, "ckpt_path": "last"}
+    run("fit", *flags_of("one", tmp_path, data, teachers, **student, **short, **more))
+    other = student | short | more | {"model.student.hidden_size": 8, "trainer.max_steps": 4}
+    assert "the checkpoint has hidden_size 16, this run 8" in refused(
+        capsys, *flags_of("one", tmp_path, data, teachers, **other)
+    )
+
+
 def test_without_a_teacher_it_says_so(data, teachers, tmp_path, capsys, monkeypatch):
     flags = flags_of("one", tmp_path, data, teachers, **{"model.teacher": None})
     monkeypatch.chdir(tmp_path)

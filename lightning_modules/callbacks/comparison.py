@@ -69,6 +69,7 @@ class Comparison(Callback):
         more = {"comparison": found}
         if "without teacher" in found:
             by, sign = best_by(trainer)
+            by, sign = (by, sign) if by in found["student"] else ("loss", 1)
             figures = [
                 found[name]["nats" if by == "loss" else by] for name in ("without teacher", "student", module.start)
             ]
