@@ -291,12 +291,12 @@ class FineTune(ScheduledStep):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["task"] = self._task()
-        checkpoint["architecture"] = comparable(self.plain_network.config)
+        checkpoint["network"] = comparable(self.plain_network.config)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         there, here = checkpoint.get("task", {}), self._task()
         require_same(there, here)
-        require_same(checkpoint["architecture"], comparable(self.plain_network.config))
+        require_same(checkpoint.get("network", {}), comparable(self.plain_network.config))
         super().on_load_checkpoint(checkpoint)
 
     def _task(self) -> dict[str, object]:

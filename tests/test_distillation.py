@@ -245,7 +245,7 @@ def test_a_run_ends_with_teacher_control_and_student(texts, decoder, tmp_path, c
 
 def test_the_gap_is_of_the_loss_where_the_best_is_by_something_else(texts, decoder, tmp_path):
     best = {"class_path": "ModelCheckpoint", "init_args": {"monitor": "val/perplexity", "save_last": True}}
-    fit(tmp_path, texts, decoder, **{"trainer.callbacks+": json.dumps(best)})
+    fit(tmp_path, texts, decoder, **{"trainer.callbacks": json.dumps([best])})
     assert json.loads((tmp_path / "summary.json").read_text())["gap_by"] == "loss"
 
 
