@@ -5,6 +5,7 @@ Shape suffixes: B rows, T positions, N tokens.
 
 import math
 from functools import partial
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -208,12 +209,17 @@ class Distilled(Taught, LanguageModule):
         return batch | changed, is_own_B[:, None].expand(-1, T).flatten()
 
     def teachers_rows(self, batch: dict[str, Tensor]) -> list[dict[str, str]]:
-        """Rows of text that the teacher writes from their beginnings."""
+        """Documents, whole or in part, of the rows that the teacher writes from their beginnings."""
         batch = {name: value.to(self.teachers[0].network.device) for name, value in batch.items()}
         written, _ = self.written(batch, self.teachers[0].network)
-        tokenizer = self.trainer.datamodule.tokenizer
-        whole_BT = torch.cat([written["input_ids"], written["labels"][:, -1:].clamp(min=0)], 1)
-        return [{"text": tokenizer.decode(ids, skip_special_tokens=True)} for ids in whole_BT.tolist()]
+        lengths_B = up_to_last_label(written["labels"]).sum(-1)
+        tokenizer, texts = self.trainer.datamodule.tokenizer, []
+        ends = {self.trainer.datamodule.document_start, tokenizer.eos_token_id}
+        for ids_T, labels_T, length in zip(written["input_ids"], written["labels"], lengths_B.tolist(), strict=True):
+            ids = torch.cat([ids_T[:length], labels_T[length - 1 : length]]).tolist()
+            documents = [list(part) for is_end, part in groupby(ids, ends.__contains__) if not is_end]
+            texts += [tokenizer.decode(document, skip_special_tokens=True) for document in documents]
+        return [{"text": text} for text in texts if text]
 
     @torch.no_grad()
     def kept_words(self, batch: dict[str, Tensor], about: KeptAs, seed: int) -> dict[str, np.ndarray]:

@@ -18,13 +18,13 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.cli import OptimizerCallable
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from lightning_modules.adapter import Adapter
 from lightning_modules.architectures import fit_config
 from lightning_modules.checkpoint_io import replace_folder
-from lightning_modules.model_folder import find_folder, max_positions, newest_pretraining
+from lightning_modules.model_folder import find_folder, max_positions, newest_pretraining, read_config
 from lightning_modules.optim import adamw
 from lightning_modules.scheduled_step import ScheduledStep, comparable, require_same
 from lightning_modules.schedules import Linear, Schedule
@@ -95,13 +95,7 @@ class FineTune(ScheduledStep):
     @cached_property
     def base_config(self) -> PreTrainedConfig:
         """Of the model to begin with."""
-        if self.origin is None:
-            return self.architecture
-        try:
-            return AutoConfig.from_pretrained(self.origin)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"--model.from {self.origin} is no model's folder, nor a Hub name ({reason})") from None
+        return self.architecture if self.origin is None else read_config(self.origin, "--model.from")
 
     @cached_property
     def auto_class(self) -> type:

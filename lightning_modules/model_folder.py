@@ -142,18 +142,33 @@ def newest_pretraining(fits: Callable[[PreTrainedConfig], bool], distilled: bool
 def newest_task(name: str) -> str | None:
     """The newest model in runs/ that was fine-tuned by a task of this name."""
     runs = sorted(Path("runs").glob("*/summary.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in runs:
-        if json.loads(file.read_text()).get("task") == name and (file.parent / "model" / "config.json").is_file():
-            return str(file.parent / "model")
+    for folder in (file.parent for file in runs):
+        if summary_of(folder).get("task") == name and (folder / "model" / "config.json").is_file():
+            return str(folder / "model")
     return None
+
+
+def summary_of(run: Path) -> dict[str, object]:
+    """What a run's summary.json says; nothing where there is none, or a damaged one."""
+    try:
+        found = json.loads((run / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_config(folder: str, flag: str) -> PreTrainedConfig:
+    """Of a model's folder or a Hub name. Raises ValueError with the flag that named it."""
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{flag} {folder} is no model's folder, nor a Hub name ({reason})") from None
 
 
 def is_pretrained(folder: Path, distilled: bool) -> bool:
     """Whether a model's folder holds a language model that no run of fine-tuning left."""
-    try:
-        summary = json.loads((folder.parent / "summary.json").read_text())
-    except (OSError, ValueError):
-        summary = {}
+    summary = summary_of(folder.parent)
     tuned = summary.get("objective") in ("labels", "spans", "completions")
     return is_language_model(folder) and not tuned and (distilled or "teachers" not in summary)
 

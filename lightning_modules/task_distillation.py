@@ -10,14 +10,14 @@ from functools import cached_property, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
 from lightning_modules.classification import PROBLEMS, Classification, labels_of
 from lightning_modules.completion import Completion, left_padded
 from lightning_modules.finetune import NEW, FineTune
 from lightning_modules.inner_signals import Seen, seen_by, up_to_last_label
 from lightning_modules.losses import IGNORED, Head
-from lightning_modules.model_folder import find_folder, load_tokenizer, newest_task
+from lightning_modules.model_folder import find_folder, load_tokenizer, newest_task, read_config
 from lightning_modules.on_policy import write
 from lightning_modules.question_answering import QuestionAnswering
 from lightning_modules.student import PartOfTeacher
@@ -46,7 +46,7 @@ class TaskDistillation(Taught, FineTune):
         self.student, named = student, teacher[0] if isinstance(teacher, list) and teacher else teacher
         origin, architecture = (student, None) if isinstance(student, str) else (NEW, student)
         if isinstance(student, PartOfTeacher):
-            architecture = student.config(AutoConfig.from_pretrained(find_folder(self.teacher_named(named))))
+            architecture = student.config(read_config(find_folder(self.teacher_named(named)), "--model.teacher"))
         super().__init__(from_=origin, architecture=architecture, teacher=teacher, **settings)
         if self.on_policy is not None and self.objective != "completions":
             raise ValueError(f"--model.on_policy is for what is written, not for {type(self).__name__}; leave it out")
@@ -247,11 +247,18 @@ class CompletionDistillation(TaskDistillation, Completion):
         """The examples with the teacher's answers instead of theirs, but where it writes nothing."""
         data = self.trainer.datamodule
         batch = {name: value.to(self.teachers[0].network.device) for name, value in batch.items()}
-        with self.with_network(self.teachers[0].network):
-            answers = self.write(batch)
+        answers = self.write(batch)
         pairs = zip(batch["rows"].tolist(), answers, strict=True)
         records = self.training_records
         return [data.row(records[row], [text] if text else records[row]["references"]) for row, (text, _) in pairs]
+
+    def writing_settings(self) -> dict[str, object]:
+        return {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens}
+
+    @contextmanager
+    def teacher_writes(self) -> Iterator[None]:
+        with self.with_network(self.teachers[0].network):
+            yield
 
     @cached_property
     def training_records(self) -> list[dict[str, object]]:

@@ -4,6 +4,8 @@ Shape suffixes: B rows, T positions, N any count of labels.
 """
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import ClassVar, NamedTuple
 
@@ -70,6 +72,8 @@ class Taught(ScheduledStep):
         _require_range("beta", beta, 0.0, 1.0)
         _require_range("alpha", alpha, 0.0, 0.99)
         names = teacher if isinstance(teacher, list) else [teacher]
+        if not names:
+            raise ValueError("--model.teacher is an empty list; name one or more, or leave it out")
         self.teachers = [Teacher(self.teacher_named(name), self.auto_class) for name in names]
         self.start = self.teachers[0].folder
         self.divergence: Divergence = divergence
@@ -174,6 +178,15 @@ class Taught(ScheduledStep):
     def written(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
         """A batch in which the student has written some rows, and (N,) whether a label is its own."""
         return batch, None
+
+    def writing_settings(self) -> dict[str, object]:
+        """What decides, besides, what a teacher writes."""
+        return {}
+
+    @contextmanager
+    def teacher_writes(self) -> Iterator[None]:
+        """Around all that the first teacher writes."""
+        yield
 
     counted: ClassVar[str] = "token"
     """What has a label."""

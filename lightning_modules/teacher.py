@@ -14,13 +14,13 @@ import torch
 from lightning.pytorch import LightningDataModule
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from lightning_modules import cpu_kernels, hardware
 from lightning_modules.losses import Head
-from lightning_modules.model_folder import find_folder, load_tokenizer, max_positions
+from lightning_modules.model_folder import find_folder, load_tokenizer, max_positions, read_config
 from lightning_modules.token_loss import TokenLoss
 
 Answer = TypeVar("Answer")
@@ -33,11 +33,7 @@ class Teacher:
 
     def __init__(self, name: str, auto_class: type, flag: str = "--model.teacher"):
         self.folder, self.auto_class, self.flag = find_folder(name), auto_class, flag
-        try:
-            self.config = AutoConfig.from_pretrained(self.folder)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{flag} {name} is no model's folder, nor a Hub name ({reason})") from None
+        self.config = read_config(self.folder, flag)
         found = auto_class._model_mapping.get(type(self.config), None)
         there = (self.config.architectures or [found and found.__name__])[0]
         if found is None or there != found.__name__:

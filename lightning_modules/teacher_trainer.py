@@ -96,7 +96,7 @@ class TeacherTrainer(Trainer):
                 where the task has it.
             datamodule: Whose rows or examples are begun from; what it holds out is copied as it is.
             folder: Where to: train.jsonl and val.jsonl.
-            rows: Of the order of training. Left out: all of an epoch.
+            rows: Of the order of training, at most an epoch. Left out: all of it.
             prompt_tokens: Tokens of a row of text that are given. Left out: a quarter of the row.
             temperature: Of the sampling that goes on from text.
         """
@@ -109,21 +109,24 @@ class TeacherTrainer(Trainer):
         own = model.on_policy = OnPolicy(1.0, prompt_tokens, temperature)
         teacher = self._open(model, datamodule)
         own.require_range(datamodule.seq_len)
-        about = {"teacher": teacher.digest, "rows": rows or datamodule.rows_per_epoch, "own": str(own)}
-        about |= {"data": datamodule.identity()}
+        if (rows := rows or datamodule.rows_per_epoch) > datamodule.rows_per_epoch:
+            raise ValueError(f"--rows is {rows:,}; the data have {datamodule.rows_per_epoch:,}")
+        about = {"teacher": teacher.digest, "rows": rows, "seed": model.seed, "own": str(own)}
+        about |= model.writing_settings() | {"data": datamodule.identity()}
         place = Path(folder)
         require_same_header(place, about)
         print(f"teacher  {teacher.describe()}", flush=True)
         with (place / "val.jsonl").open("w") as file:
             file.writelines(map(line_of, datamodule.held_out_rows()))
-        start, begun_at = time.perf_counter(), whole_lines(place / "train.jsonl")
-        with (place / "train.jsonl").open("a") as file:
-            for batch in datamodule.batches_in_order(begun_at, about["rows"]):
+        start, begun_at = time.perf_counter(), rows_done(place)
+        with (place / "train.jsonl").open("a") as file, model.teacher_writes():
+            for batch in datamodule.batches_in_order(begun_at, rows):
                 file.writelines(map(line_of, model.teachers_rows(batch)))
                 file.flush()
                 done = int(batch["rows"][-1]) + 1
+                write_whole(place / "progress.json", {"rows": done, "bytes": file.tell()})
                 rate = (done - begun_at) / (time.perf_counter() - start)
-                print(f"{done:,} of {about['rows']:,} rows, {rate:,.1f} rows/s", file=sys.stderr, flush=True)
+                print(f"{done:,} of {rows:,} rows, {rate:,.1f} rows/s", file=sys.stderr, flush=True)
         data = f"--data.path {folder}/train.jsonl --data.val_path {folder}/val.jsonl"
         print(f"next     python recipes/distill.py fit --model.teacher {teacher.folder} {data}")
 
@@ -131,7 +134,7 @@ class TeacherTrainer(Trainer):
         """Data and teachers, made ready; the first of them."""
         if len(model.teachers) > 1:
             raise ValueError("one teacher is asked at a time; do it once for each")
-        self.datamodule = datamodule
+        self.datamodule, model.seed = datamodule, int(os.environ.get("PL_GLOBAL_SEED", 0))
         datamodule.trainer, self.strategy._lightning_module, model.trainer = self, model, self
         datamodule.prepare_data()
         datamodule.setup("fit")
@@ -144,15 +147,22 @@ def line_of(row: dict[str, object]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def whole_lines(file: Path) -> int:
-    """How many there are; what a kill left of another is taken away."""
-    if not file.exists():
-        return 0
-    content = file.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end < len(content):
-        os.truncate(file, end)
-    return content.count(b"\n")
+def rows_done(folder: Path) -> int:
+    """What was written of other rows, before a kill, is taken away."""
+    file, progress = folder / "train.jsonl", folder / "progress.json"
+    file.touch()
+    done = json.loads(progress.read_text()) if progress.exists() else {"rows": 0, "bytes": 0}
+    if file.stat().st_size < done["bytes"]:  # the machine went down before the disk had it
+        done = {"rows": 0, "bytes": 0}
+    os.truncate(file, done["bytes"])
+    return done["rows"]
+
+
+def write_whole(file: Path, content: dict[str, object]) -> None:
+    """Replaces a file by another, in one go."""
+    temporary = file.with_name(f".{file.name}.partial")
+    temporary.write_text(json.dumps(content, indent=2))
+    temporary.rename(file)
 
 
 def require_same_header(folder: Path, about: dict[str, object]) -> None:
@@ -164,6 +174,4 @@ def require_same_header(folder: Path, about: dict[str, object]) -> None:
             raise ValueError(f"{folder} was written with another {' and '.join(differing)}; write into a new folder")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".header.partial"
-    temporary.write_text(json.dumps(about, indent=2))
-    temporary.rename(header)
+    write_whole(header, about)

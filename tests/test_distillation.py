@@ -365,6 +365,7 @@ def test_a_run_goes_on_with_what_it_began_with(texts, decoder, tmp_path, capsys)
         ({"model.student": "{teacher_layers: [0], fields: {vocab: 3}}"}, "is no part of the teacher"),
         ({"model.student": "{teacher_layers: [0, 1"}, "--model.student"),
         ({"model.teacher": "nowhere/at/all"}, "no such folder"),
+        ({"model.teacher": "[]"}, "is an empty list"),
         ({"data.tokenizer": "bytes"}, "has another tokenizer"),
         ({"data.seq_len": 2400}, "tokens at once"),
     ],

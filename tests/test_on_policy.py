@@ -147,23 +147,49 @@ def test_an_encoder_does_not_write(texts, encoder, tmp_path, capsys):
     assert "is for what writes on" in refused(capsys, "--model=MaskedDistillation", *flags)
 
 
-def test_a_teacher_writes_rows_of_text_and_goes_on_where_it_was_cut(texts, decoder, tmp_path):
+def test_a_teacher_writes_rows_of_text_and_goes_on_where_it_was_cut(texts, decoder, tmp_path, capsys):
     kept = ("model.", "data.", "trainer.accelerator")
     common = [flag for flag in flags_of(tmp_path, texts, decoder) if flag[2:].startswith(kept)]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run("write", f"--folder={whole}", "--rows=10", *common)
     lines = (whole / "train.jsonl").read_text()
-    assert lines.count("\n") == 10
     shutil.copytree(whole, cut)
-    (cut / "train.jsonl").write_text(lines[:-30])
+    (cut / "train.jsonl").write_text(lines[:-30])  # less than was written: it begins anew
     run("write", f"--folder={cut}", "--rows=10", *common)
     assert (cut / "train.jsonl").read_text() == lines
     held_out = [json.loads(line)["text"] for line in (whole / "val.jsonl").read_text().splitlines()]
     assert held_out and all(text in [file.read_text() for file in texts.glob("*.txt")] for text in held_out)
     module, batch = opened(texts, decoder)
     batch = next(iter(module.trainer.datamodule.batches_in_order(0, 4)))
-    prompt = module.trainer.datamodule.tokenizer.decode(batch["input_ids"][2, :8], skip_special_tokens=True)
-    assert json.loads(lines.splitlines()[2])["text"].startswith(prompt)
-    with pytest.raises(SystemExit) as stop:
-        run("write", f"--folder={cut}", "--rows=11", *common)
-    assert stop.value.code == 2
+    data, found = module.trainer.datamodule, [json.loads(line)["text"] for line in lines.splitlines()]
+    for ids in batch["input_ids"][:, :8].tolist():
+        assert any(text.startswith(data.tokenizer.decode(ids, skip_special_tokens=True)) for text in found)
+    for flag, told in (
+        ("--rows=9", "another rows"),
+        ("--seed_everything=1", "another seed"),
+        ("--rows=9999", "9,999;"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run("write", f"--folder={cut}", "--rows=10", flag, *common)
+        assert stop.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_documents_that_a_teacher_ends_stay_apart_and_a_row_that_is_not_full_stays_as_it_is(texts, decoder):
+    module, _ = opened(texts, decoder)
+    module.on_policy = OnPolicy(1.0)
+    data = module.trainer.datamodule
+    start, (words,) = data.document_start, data.tokenizer("abcdefgh", return_tensors="pt")["input_ids"]
+    head = module.teachers[0].network.get_output_embeddings()
+    head.weight.data.zero_()  # all words alike, and one document's start in four
+    head.register_forward_hook(lambda head, args, logits: logits.index_fill(-1, torch.tensor(start), 4.5))
+    ids_T = words.repeat(32)[:33]
+    ids_BT = torch.stack([ids_T, ids_T])
+    labels_BT = ids_BT[:, 1:].clone()
+    labels_BT[1, 5:] = IGNORED
+    batch = {"input_ids": ids_BT[:, :-1], "labels": labels_BT, "rows": torch.tensor([0, 1])}
+    *written, kept = [row["text"] for row in module.teachers_rows(batch)]
+    assert len(written) > 2 and all(written)
+    assert kept == data.tokenizer.decode(ids_T[:6])
+    whole, _ = module.written(batch, module.teachers[0].network)
+    starts = int((torch.cat([whole["input_ids"][0], whole["labels"][0, -1:]]) == start).sum())
+    assert starts >= len(written) - 1  # two starts may stand side by side

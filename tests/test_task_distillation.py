@@ -436,7 +436,16 @@ def test_a_run_goes_on_with_the_student_that_it_began_with(data, teachers, tmp_p
 def test_without_a_teacher_it_says_so(data, teachers, tmp_path, capsys, monkeypatch):
     flags = flags_of("one", tmp_path, data, teachers, **{"model.teacher": None})
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "damaged").mkdir(parents=True)
+    (tmp_path / "runs" / "damaged" / "summary.json").write_text("{")
     assert "no run in runs/ could be the teacher" in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize("layers", [True, False])
+def test_a_teacher_that_is_not_there_is_told_by_its_flag(layers, data, teachers, tmp_path, capsys):
+    flags = {"model.teacher": "none-of-that-name", "model.student.teacher_layers": "[0]" if layers else None}
+    told = refused(capsys, *flags_of("one", tmp_path, data, teachers, **flags))
+    assert "--model.teacher none-of-that-name is no model's folder" in told
 
 
 @pytest.mark.parametrize(
@@ -459,7 +468,7 @@ def test_what_does_not_go_together_is_refused(kind, settings, told, data, teache
 
 
 @pytest.mark.parametrize("kind", ["answers", "pairs"])
-def test_a_teacher_writes_its_answers_and_goes_on_where_it_was_cut(kind, data, teachers, tmp_path):
+def test_a_teacher_writes_its_answers_and_goes_on_where_it_was_cut(kind, data, teachers, tmp_path, capsys):
     name = {"answers": "answers", "pairs": "pairs"}[kind]
     common = [
         f"--model={MODULES[kind].__name__}",
@@ -477,7 +486,9 @@ def test_a_teacher_writes_its_answers_and_goes_on_where_it_was_cut(kind, data, t
     run("write", f"--folder={whole}", *common)
     shutil.copytree(whole, cut)
     lines = (whole / "train.jsonl").read_text()
-    (cut / "train.jsonl").write_text(lines[: len(lines) // 2])  # in the middle of a line
+    place = len("".join(lines.splitlines(keepends=True)[:16]).encode())
+    (cut / "progress.json").write_text(json.dumps({"rows": 16, "bytes": place}))
+    (cut / "train.jsonl").write_text(lines[: place + 60])  # in the middle of a line
     run("write", f"--folder={cut}", *common)
     assert (cut / "train.jsonl").read_text() == lines
     rows = [json.loads(line) for line in lines.splitlines()]
@@ -493,8 +504,14 @@ def test_a_teacher_writes_its_answers_and_goes_on_where_it_was_cut(kind, data, t
         assert held_out[0]["target"] == [" ".join(reversed(held_out[0]["source"].split()))]
     else:
         assert rows[5]["messages"][-1] == {"role": "assistant", "content": answer}
-    with pytest.raises(SystemExit):
-        run("write", f"--folder={cut}", *common, "--rows=3")
+    for flags, told in (
+        ("--rows=3", "another rows"),
+        ("--model.num_beams=2", "another num_beams"),
+        ("--rows=99", "99;"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run("write", f"--folder={cut}", *common, flags)
+        assert stop.value.code == 2 and told in capsys.readouterr().err
 
 
 def test_what_does_not_write_is_one_line(data, teachers, tmp_path, capsys):
