@@ -222,11 +222,16 @@ class Text(Ordered):
         """The id that stands before each document."""
         return document_start(self.tokenizer)
 
+    @property
+    def fill_id(self) -> int:
+        """The id behind the last document, in a row that it does not fill."""
+        pad_id = self.tokenizer.pad_token_id
+        return self.document_start if pad_id is None else pad_id
+
     # Rows
 
     def _rows(self, stream: TokenStream) -> Rows:
-        start_id = self.document_start
-        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else start_id
+        start_id, pad_id = self.document_start, self.fill_id
         apart = not self.cross_document_attention
         if self.objective == "causal":
             return CausalRows(stream, self.seq_len, pad_id, apart)

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from lightning_modules.architectures import build, fit_config
 from lightning_modules.distillation_loss import Matching, Sparse, kept_words, linear_distillation
-from lightning_modules.inner_signals import Seen, seen_by, up_to_last_label
+from lightning_modules.inner_signals import Seen, seen_by, up_to_last, up_to_last_label
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.losses import IGNORED, Head
 from lightning_modules.model_folder import newest_pretraining
@@ -176,7 +176,8 @@ class Distilled(Taught, LanguageModule):
         if self.objective == "causal":
             return {"layers": seen_by(up_to_last_label(labels), count_B, True, positions_BT)}
         if self.objective == "masked":
-            return {"layers": seen_by(is_read_BT, count_B, False, positions_BT)}
+            is_text_BT = up_to_last(ids_BT != self.trainer.datamodule.fill_id)
+            return {"layers": seen_by(is_text_BT, count_B, False, positions_BT)}
         written = seen_by(up_to_last_label(labels), count_B, True)
         return {"encoder": seen_by(is_read_BT, count_B, False, positions_BT), "decoder": written}
 

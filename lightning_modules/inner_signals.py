@@ -84,7 +84,12 @@ class Seen(NamedTuple):
 
 def up_to_last_label(labels_BT: Tensor) -> Tensor:
     """(B, T) whether a label comes at a position or behind it: what stands behind all is padding."""
-    return (labels_BT != IGNORED).flip(-1).cumsum(-1).flip(-1) > 0
+    return up_to_last(labels_BT != IGNORED)
+
+
+def up_to_last(is_there_BT: Tensor) -> Tensor:
+    """(B, T) whether something is there at a position or behind it."""
+    return is_there_BT.flip(-1).cumsum(-1).flip(-1) > 0
 
 
 def seen_by(

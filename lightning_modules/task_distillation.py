@@ -9,6 +9,7 @@ from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
@@ -79,6 +80,17 @@ class TaskDistillation(Taught, FineTune):
                 "take models that share one"
             )
         return super().new_network(auto_class, fields)
+
+    def made_from(self, data: LightningDataModule) -> str:
+        said = super().made_from(data)
+        if not isinstance(self.student, PartOfTeacher):
+            return said
+        layers = ", ".join(map(str, self.student.teacher_layers))
+        return said.replace(" from new weights", f" from layers {layers} of its teacher")
+
+    def next_command(self, model: str, data: LightningDataModule) -> str:
+        """For the terminal; `model` is quoted."""
+        return super().next_command(model, data).replace("recipes/finetune.py", "recipes/distill.py")
 
     # The loss
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,6 +29,7 @@ from transformers import (
     T5Config,
 )
 
+from datamodules.text import Text
 from lightning_modules.activations import Activations, Heads
 from lightning_modules.distillation import CausalDistillation, DenoisingDistillation, MaskedDistillation
 from lightning_modules.inner_signals import (
@@ -43,7 +45,7 @@ from lightning_modules.inner_signals import (
 from lightning_modules.losses import IGNORED
 from lightning_modules.lstm import LSTMConfig
 from lightning_modules.student import PartOfTeacher, axes_of_width, principal_directions
-from tests.distilling import as_command, fit, flags_of, opened, refused
+from tests.distilling import as_command, fit, flags_of, opened, refused, started
 from tests.faults import signal_at, state
 
 ALL = InnerSignals(hidden=1.0, embeddings=1.0, cosine=1.0, attention=1.0, relations=1.0, kinds=("qk", "qq", "kk", "vv"))
@@ -227,6 +229,20 @@ def test_a_row_without_labels_and_padding_add_nothing(texts, decoder):
     assert float(module.training_loss(batch, 1.0)[4]) == pytest.approx(before, rel=1e-5)
     rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(4)]
     assert sum(float(module.training_loss(row, 1.0)[4]) for row in rows) == pytest.approx(before, rel=1e-5)
+
+
+@pytest.mark.parametrize("cross_document_attention", [True, False])
+def test_the_filling_of_the_last_row_adds_nothing(cross_document_attention, texts, encoder):
+    settings = {"seq_len": 32, "batch_size": 4, "val_fraction": 0.2, "objective": "masked"}
+    data = Text(path=str(texts), cross_document_attention=cross_document_attention, **settings)
+    student = BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    module, batch = started(MaskedDistillation(teacher=str(encoder), student=student, inner=ALL), data)
+    last = data.train_rows.__getitems__(np.array([[0], [len(data.train_rows) - 1]]))
+    text = len(data.store.train) % 32
+    assert 0 < text < 32
+    weights_T = module.seen(last)["layers"].weights_BT[0]
+    assert (weights_T[:text] > 0).all() and (weights_T[text:] == 0).all()
+    assert float(weights_T.sum()) == pytest.approx(int((last["labels"] != IGNORED).sum()))
 
 
 def test_first_the_inside_alone_then_the_outputs_alone(texts, decoder):

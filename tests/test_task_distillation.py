@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -375,7 +377,7 @@ def test_a_run_of_labels_ends_with_teacher_control_and_student(data, teachers, t
 
 
 @pytest.mark.parametrize("kind", ["one", "spans", "pairs"])
-def test_every_named_run_trains_beside_its_teacher_and_on_what_is_inside_it(kind, data, teachers, tmp_path):
+def test_every_named_run_trains_beside_its_teacher_and_on_what_is_inside_it(kind, data, teachers, tmp_path, capsys):
     few = {"trainer.max_epochs": -1, "trainer.max_steps": 3, "trainer.val_check_interval": 3, "data.val_fraction": 0.2}
     more = {"one": {f"model.student.{name}": value for name, value in TINY_BERT.items()}}
     more["spans"] = more["one"] | {"data.max_length": 60, "data.stride": 16}
@@ -386,6 +388,13 @@ def test_every_named_run_trains_beside_its_teacher_and_on_what_is_inside_it(kind
     metric = {"one": "accuracy", "spans": "f1", "pairs": "bleu"}[kind]
     assert summary["steps"] == 3 and summary["comparison"]["student"][metric] == summary[f"val_{metric}"]
     assert (ROOT / "recipes" / f"{YAMLS[kind]}.yaml").read_text().startswith("# ")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert ("from layers 1 of its teacher" in card) == (kind == "pairs") != ("from new weights" in card)
+    if kind == "spans":  # the one whose last line is a command of ours
+        (command,) = re.findall(r"python recipes/(distill.py .*) …", capsys.readouterr().out)
+        script, *words = shlex.split(command)
+        run(*words, str(data / "squad.json"), script=ROOT / "recipes" / script)
+        assert "48 rows in" in capsys.readouterr().out
 
 
 def test_a_teacher_of_other_labels_or_without_them_is_one_line(data, teachers, tmp_path, capsys):
