@@ -19,6 +19,7 @@ SCRIPT = Path(__file__).parents[1] / "recipes" / "distill.py"
 SIGNALS = {
     "hidden": {"inner": {"hidden": 1.0, "embeddings": 1.0}},
     "relations": {"inner": {"relations": 0.1}},
+    "own": {"on_policy": {"share": 0.25}},
 }
 
 

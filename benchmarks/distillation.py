@@ -32,6 +32,7 @@ ROWS = {
     "teacher": "with the teacher at hand",
     "hidden": "and its hidden states and embeddings",
     "relations": "and its relations",
+    "own": "and a quarter of the rows its own",
 }
 
 
@@ -47,7 +48,6 @@ def prepare(folder: Path) -> tuple[Path, Path, int]:
     cache = folder / "words"
     flags = [
         f"--folder={cache}",
-        "--rows=8000",
         "--scheme=top_k",
         f"--exact={CACHED}",
         f"--model.teacher={folder / 'teacher'}",

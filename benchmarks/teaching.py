@@ -37,6 +37,8 @@ class Signal:
     flags: str = ""
     cache: str = ""
     """Flags of `distill.py cache`, where the teacher's words are written down first."""
+    written: str = ""
+    """Flags of `distill.py write`, where the student reads what its teacher wrote."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ STDLIB = Lesson(
             cache="--scheme hybrid --exact 4 --drawn 27",
         ),
         Signal("forward KL, a quarter of the rows its own", "--model.on_policy.share 0.25"),
+        Signal("the teacher's own text alone", "--model.hard_weight 1", written="--rows 4800"),
+        Signal("forward KL, on the teacher's own text", written="--rows 4800"),
         Signal("forward KL, hidden states", "--model.inner.hidden 1"),
         Signal("forward KL, hidden states, embeddings", "--model.inner.hidden 1 --model.inner.embeddings 1"),
         Signal("forward KL, hidden states, relations", "--model.inner.hidden 1 --model.inner.relations 0.1"),
@@ -147,12 +151,16 @@ class Runs:
             cache = self.folder / _slug(signal.cache)
             self._do("recipes/distill.py cache", f"--model.teacher={self.teacher} {signal.cache}", cache, "--folder")
             flags += f" --data.teacher_cache={cache}"
+        if signal.written:
+            text = self.folder / _slug(f"written {signal.written}")
+            self._do("recipes/distill.py write", f"--model.teacher={self.teacher} {signal.written}", text, "--folder")
+            flags += f" --data.path={text}/train.jsonl --data.val_path={text}/val.jsonl"
         flags += f" --seed_everything={seed} --data.seed={seed} --comparison.control=false"
         self._do("recipes/distill.py fit", flags, self._of(signal, seed))
-        if signal.name != WITHOUT:
+        summary = json.loads((self._of(signal, seed) / "summary.json").read_text())
+        if "comparison" in summary:
             teacher, student = self._compared(self._of(signal, seed))
             return student | {"teacher_milliseconds": teacher["milliseconds"]}
-        summary = json.loads((self._of(signal, seed) / "summary.json").read_text())
         return {name.removeprefix("val_"): value for name, value in summary.items()} | {"nats": summary["val_loss"]}
 
     @staticmethod
@@ -221,7 +229,10 @@ def table(lesson: Lesson, rows: dict[str, list[dict[str, float]]], seeds: int) -
         goals.append(Goal("best cache of at most 60 bytes a token, of what forward KL closes", share, at_least=0.9))
     common = lesson.common.replace("{{", "{").replace("}}", "}")
     titles = [name.replace("_", " ") for name in lesson.shown]
-    own_flags = {s.name: " ".join(filter(None, (s.flags, s.cache and f"cache {s.cache}"))) for s in lesson.signals}
+    own_flags = {
+        s.name: " ".join(filter(None, (s.flags, s.cache and f"cache {s.cache}", s.written and f"write {s.written}")))
+        for s in lesson.signals
+    }
     flags = "; ".join(f"{name}: `{of_signal}`" for name, of_signal in own_flags.items() if of_signal)
     return Table(
         lesson.title,

@@ -92,7 +92,8 @@ class Row:
     def __init__(self, script: str, job: Job, threads: int, python: str = sys.executable):
         commands, self._commands = os.pipe()
         self._answers, answers = os.pipe()
-        self.log = Path(job.folder) / f"{Path(script).stem}-{commands}.log"
+        logs = len(list(Path(job.folder).glob("*.log")))
+        self.log = Path(job.folder) / f"{Path(script).stem}-{logs}.log"
         job = Job(**(asdict(job) | {"size": job.size, "commands": commands, "answers": answers}))
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

@@ -157,7 +157,7 @@ def test_a_distance_is_relative_to_the_teacher():
 
 def test_layers_are_mapped_evenly_the_last_to_the_last():
     assert even_map(3, 6) == [1, 3, 5] and even_map(2, 3) == [1, 2] and even_map(4, 4) == [0, 1, 2, 3]
-    assert even_map(1, 12) == [11]
+    assert even_map(1, 12) == [11] and even_map(4, 2) == [0, 0, 1, 1]
 
 
 def test_padding_other_documents_and_the_future_are_not_seen():
