@@ -27,6 +27,7 @@ from datamodules.teacher_cache import (
     Kept,
     TeacherCache,
     require_equal,
+    row_hashes,
     weights_digest,
     write_header,
     write_shards,
@@ -171,6 +172,15 @@ class Text(Ordered):
         for start in range(first, last, self.batch_size):
             places_B = np.arange(start, min(last, start + self.batch_size))
             yield self.train_rows.__getitems__(np.stack([places_B, order(places_B)]))
+
+    def lacks_rows(self, rows: int, looked_at: int = 4096) -> bool:
+        """Whether the cache lacks some of the first rows of the order of training; of many, evenly spaced ones are
+        looked for."""
+        places_B = np.unique(np.linspace(0, rows - 1, min(rows, looked_at)).astype(np.int64))
+        order = Shuffled(self.rows_per_epoch, self.seed)
+        parts = np.array_split(places_B, -(-len(places_B) // 256))
+        batches = (self.train_rows.rows.__getitems__(np.stack([part, order(part)])) for part in parts)
+        return any(row not in self.teacher_cache.places for batch in batches for row in row_hashes(batch))
 
     def held_out_rows(self) -> Iterator[dict[str, str]]:
         """Documents, as lines of a file that this class reads."""

@@ -84,10 +84,10 @@ class Classification(FineTune):
         names, own = self.trainer.datamodule.label_names, labels_of(config)
         if own != names and sorted(own) == sorted(names):
             order_L = torch.tensor([own.index(name) for name in names])
-            for name, part in network.named_parameters():
-                is_head = not name.startswith(f"{network.base_model_prefix}.")
-                if is_head and len(part) == len(order_L):
-                    part.data.copy_(part.data[order_L])
+            modules = [m for n, m in network.named_modules() if not f"{n}.".startswith(f"{network.base_model_prefix}.")]
+            head = [module for module in modules if isinstance(module, torch.nn.Linear)][-1]
+            for part in head.parameters():
+                part.data.copy_(part.data[order_L])
         return network
 
     def measured(self) -> list[str]:

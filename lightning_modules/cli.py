@@ -123,6 +123,9 @@ class SaveConfig(SaveConfigCallback):
             self.save_config(trainer, pl_module, "fit")
             self.already_saved = True
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_start(trainer, pl_module)  # of a run that was over when it was taken up
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         folder = Path(trainer.default_root_dir)
         text = redacted(self.parser.dump(self.config, skip_none=False)).replace(" from_:", " from:")

@@ -77,8 +77,8 @@ class Distilled(Taught, LanguageModule):
     def new_network(self) -> PreTrainedModel:
         data = self.trainer.datamodule
         self._require_cache(data)
-        if self.on_policy is not None and not data.cross_document_attention:
-            raise ValueError("--model.on_policy writes on through documents; leave --data.cross_document_attention out")
+        if self.on_policy is not None:
+            self.require_writing(data)
         if isinstance(self.student, PreTrainedConfig):
             return super().new_network()
         if isinstance(self.student, Teacher):
@@ -92,6 +92,13 @@ class Distilled(Taught, LanguageModule):
         network = build(self.architecture, self.auto_class, self.seed)
         self.directions_cC = self.student.fill(network, self.teachers[0].read())
         return network
+
+    def require_writing(self, data: LightningDataModule) -> None:
+        if not data.cross_document_attention:
+            raise ValueError(
+                "what is written goes on through documents, by which --data.cross_document_attention false ends "
+                "attention; leave the flag out"
+            )
 
     @property
     def plain_network(self) -> PreTrainedModel:
@@ -142,6 +149,11 @@ class Distilled(Taught, LanguageModule):
         if needed > (rows := data.teacher_cache.about.rows):
             raise ValueError(
                 f"the teacher's cache has {rows:,} rows, and this run reads {needed:,}; write it with --rows {needed}"
+            )
+        if rows < data.rows_per_epoch and data.lacks_rows(needed or rows):
+            raise ValueError(
+                f"the teacher's cache has {rows:,} of {data.rows_per_epoch:,} rows, and not those that --data.seed "
+                f"{data.seed} begins with; pass the seed that it was written with, or write all rows"
             )
 
     # The loss
@@ -201,6 +213,7 @@ class Distilled(Taught, LanguageModule):
             eos_token_id=None,  # a row goes on with the next document
         )
         prompts = {"input_ids": ids_BT[own_B, :prompt]}
+        prompts["attention_mask"] = torch.ones_like(prompts["input_ids"])  # no id of theirs is padding
         drawn = (numbers_BU[own_B, 1:], self.vocabulary, self.on_policy.temperature)
         own_bT = write(network or self.network, prompts, *drawn, settings)
         labels_bT = own_bT[:, 1:].clone()

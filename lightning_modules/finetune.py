@@ -290,7 +290,8 @@ class FineTune(ScheduledStep):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         there, here = checkpoint.get("task", {}), self._task()
         require_same(there, here)
-        require_same(checkpoint.get("network", {}), comparable(self.plain_network.config))
+        if "network" in checkpoint:
+            require_same(checkpoint["network"], comparable(self.plain_network.config))
         super().on_load_checkpoint(checkpoint)
 
     def _task(self) -> dict[str, object]:

@@ -46,6 +46,8 @@ def max_positions(model: PreTrainedModel) -> int | None:
     # Not every architecture has the field: T5's positions are relative, an LSTM has none.
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for module in model.modules():
+        if module is model.get_input_embeddings():
+            continue
         # RoBERTa and its like leave the rows up to the padding's unused.
         if isinstance(module, nn.Embedding) and module.num_embeddings == limit and module.padding_idx is not None:
             return limit - module.padding_idx - 1

@@ -164,15 +164,20 @@ class ScheduledStep(ExactStep):
         return elapsed / (elapsed + timer.time_remaining())
 
 
+NO_PART = ("_name_or_path", "transformers_version")
+"""Fields of a config that say nothing of its network."""
+
+
 def comparable(config: PreTrainedConfig) -> dict[str, object]:
-    """What makes a network the one it is, wherever it was loaded from, in types that a checkpoint may hold."""
+    """What makes a network the one it is, wherever it was loaded from and by whichever transformers, in types that a
+    checkpoint may hold."""
     fields = json.loads(config.to_json_string(use_diff=False))
-    return {name: value for name, value in fields.items() if name != "_name_or_path"}
+    return {name: value for name, value in fields.items() if name not in NO_PART}
 
 
 def require_same(there: dict[str, object], here: dict[str, object]) -> None:
     """Raises ValueError with what a checkpoint has that the run which goes on from it does not."""
-    for name in [*here, *sorted(there.keys() - here.keys())]:
+    for name in [*here, *sorted(there.keys() - here.keys() - set(NO_PART))]:
         if there.get(name) != here.get(name):
             raise ValueError(
                 f"the checkpoint has {name} {there.get(name)}, this run {here.get(name)}; resume with the flags of the "

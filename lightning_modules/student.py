@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lightning_modules.activations import LAYER, Activations
+from lightning_modules.activations import LAYER, Activations, head_size
 from lightning_modules.model_folder import max_positions
 
 DEPTHS = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
@@ -22,8 +22,11 @@ BY_LAYER = re.compile(r"layer|_types$|_pattern$|^intermediate_size$")
 """Fields that, where they are lists as long as the model is deep, have a value for each layer."""
 OF_FIRST = "relative_attention_bias"
 """What the first layer of T5 has for all of them."""
-FUSED = re.compile(r"\.(c_attn|query_key_value|Wqkv|qkv_proj|Wi|gate_up_proj)\.")
-"""Several matrices in one, of which no leading part is a part of each."""
+NARROWED = (
+    *("bart", "bert", "deberta-v2", "distilbert", "electra", "llama", "mistral", "nanochat", "opt"),
+    *("qwen2", "qwen3", "roberta", "smollm3", "t5"),
+)
+"""Kinds of models of whose every weight is known, and tested, what a part of it means."""
 OF_HEADS = (
     re.compile(r"\.(q_proj|k_proj|v_proj|(pos_)?(query|key|value)(_proj)?|q_lin|k_lin|v_lin|q|k|v)\.(weight|bias)$"),
     re.compile(r"\.(o_proj|out_proj|out_lin|o|attention\.output\.dense)\.weight$"),
@@ -74,7 +77,32 @@ class PartOfTeacher:
                 here = getattr(teacher, name, "no such field")
                 raise ValueError(f"--model.student.fields {name}={value} is no part of the teacher, which has {here}")
             setattr(config, name, value)
+        self._require_known(config, teacher)
         return config
+
+    def _require_known(self, config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+        """Raises ValueError for what would not be a part of the teacher, though it has the shapes of one."""
+        are_first = self.teacher_layers == list(range(len(self.teacher_layers)))
+        if getattr(teacher, "scale_attn_by_inverse_layer_idx", False) and not are_first:
+            raise ValueError("--model.student.teacher_layers: this GPT-2 scales attention by places; take [0, 1]")
+        if not self.fields:
+            return
+        if teacher.model_type not in NARROWED:
+            raise ValueError(
+                f"--model.student.fields: what a part of a {teacher.model_type} is, is not known, but of "
+                f"{', '.join(NARROWED)}; leave fields out"
+            )
+        sizes, heads = [head_size(c) for c in (config, teacher)], [heads_of(c) for c in (config, teacher)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"--model.student.fields make heads of {sizes[0]} numbers of those of {sizes[1]}; pass "
+                "num_attention_heads and hidden_size in the same proportion"
+            )
+        if heads[0][0] * heads[1][1] != heads[1][0] * heads[0][1]:
+            raise ValueError(
+                "--model.student.fields change how many heads share their keys and values; pass num_attention_heads "
+                "and num_key_value_heads in the same proportion"
+            )
 
     def layer_of(self, name: str) -> str:
         """The name in the teacher of a weight of the student, or of a module."""
@@ -117,8 +145,8 @@ class PartOfTeacher:
                     f"--model.student: the teacher has no {name} that the student's could be a part of; name the "
                     "fields that it follows from, such as embedding_size beside hidden_size, or leave fields out"
                 )
-            if part.shape != whole[name].shape and FUSED.search(name):
-                raise ValueError(f"--model.student.fields cuts {name}, which holds several matrices; leave fields out")
+            if any(mine > its for mine, its in zip(part.shape, whole[name].shape, strict=True)):
+                raise ValueError(f"--model.student.fields make {name} larger than the teacher's; pass other sizes")
             weight = whole[name]
             if is_projected:
                 weight = projected(name, weight, axes[ours], directions_cC)
@@ -129,6 +157,11 @@ class PartOfTeacher:
         if lost := [name for name in whole if not LAYER.search(name) and name not in student.state_dict()]:
             raise ValueError(f"--model.student.fields leave no place for the teacher's {lost[0]}; pass other sizes")
         return directions_cC
+
+
+def heads_of(config: PreTrainedConfig) -> tuple[int, int]:
+    """How many there are, and how many of keys and values."""
+    return config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def way_of(module: nn.Module) -> dict[str, object]:

@@ -179,6 +179,9 @@ class Taught(ScheduledStep):
         """A batch in which the student has written some rows, and (N,) whether a label is its own."""
         return batch, None
 
+    def require_writing(self, data: LightningDataModule) -> None:
+        """Raises ValueError for data in which nothing can be written on."""
+
     def writing_settings(self) -> dict[str, object]:
         """What decides, besides, what a teacher writes."""
         return {}

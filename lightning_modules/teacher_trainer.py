@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -77,7 +78,9 @@ class TeacherTrainer(Trainer):
             done += count
             rate = done * about.labels_of_a_row / (time.perf_counter() - start)
             print(f"{done:,} of {about.rows:,} rows, {rate:,.0f} tokens/s", file=sys.stderr, flush=True)
-        print(f"next     python recipes/distill.py fit --model.teacher {teacher.folder} --data.teacher_cache {folder}")
+        more = ["--data.teacher_cache", folder]
+        more += ["--model.temperature", f"{temperature:g}"] if temperature != 1 else []
+        print(f"next     {fit_command(teacher, ('--data.teacher_cache', '--model.temperature'), more)}")
 
     def write(
         self,
@@ -109,6 +112,7 @@ class TeacherTrainer(Trainer):
         own = model.on_policy = OnPolicy(1.0, prompt_tokens, temperature)
         teacher = self._open(model, datamodule)
         own.require_range(datamodule.seq_len)
+        model.require_writing(datamodule)
         if (rows := rows or datamodule.rows_per_epoch) > datamodule.rows_per_epoch:
             raise ValueError(f"--rows is {rows:,}; the data have {datamodule.rows_per_epoch:,}")
         about = {"teacher": teacher.digest, "rows": rows, "seed": model.seed, "own": str(own)}
@@ -127,8 +131,8 @@ class TeacherTrainer(Trainer):
                 write_whole(place / "progress.json", {"rows": done, "bytes": file.tell()})
                 rate = (done - begun_at) / (time.perf_counter() - start)
                 print(f"{done:,} of {rows:,} rows, {rate:,.1f} rows/s", file=sys.stderr, flush=True)
-        data = f"--data.path {folder}/train.jsonl --data.val_path {folder}/val.jsonl"
-        print(f"next     python recipes/distill.py fit --model.teacher {teacher.folder} {data}")
+        more = ["--data.path", f"{folder}/train.jsonl", "--data.val_path", f"{folder}/val.jsonl"]
+        print(f"next     {fit_command(teacher, ('--data.path', '--data.val_'), more)}")
 
     def _open(self, model: Taught, datamodule: LightningDataModule) -> Teacher:
         """Data and teachers, made ready; the first of them."""
@@ -141,6 +145,18 @@ class TeacherTrainer(Trainer):
         model.teachers[0].require_fit(datamodule)
         model.load_teachers()
         return model.teachers[0]
+
+
+def fit_command(teacher: Teacher, without: tuple[str, ...], more: list[str]) -> str:
+    """Of the run that this command prepared: with its model and data, but for some flags."""
+    words, kept = [], False
+    for word in sys.argv[2:]:
+        if word.startswith("-"):
+            kept = word.startswith(("--config", "-c", "--model", "--data")) and not word.startswith(without)
+        words += [word] if kept else []
+    named = any(word.startswith("--model.teacher") for word in words)
+    words += ([] if named else ["--model.teacher", teacher.folder]) + more
+    return shlex.join(["python", "recipes/distill.py", "fit", *words])
 
 
 def line_of(row: dict[str, object]) -> str:
@@ -173,5 +189,7 @@ def require_same_header(folder: Path, about: dict[str, object]) -> None:
         if differing := [name for name, value in about.items() if there.get(name) != value]:
             raise ValueError(f"{folder} was written with another {' and '.join(differing)}; write into a new folder")
         return
+    if there := [name for name in ("train.jsonl", "val.jsonl") if (folder / name).exists()]:
+        raise ValueError(f"{folder} has a {there[0]} that was not written here; write into a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(header, about)

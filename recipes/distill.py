@@ -65,8 +65,10 @@ def of_the_text(words: list[str]) -> list[str]:
     found, passed = [], False
     for word in words:
         is_flag = word.startswith("--")
-        passed = word.startswith(("--data.", "--trainer.accelerator")) if is_flag else passed
-        if passed and not word.startswith("--data.teacher_cache"):
+        if is_flag:
+            of_text = word.startswith(("--data.", "--trainer.accelerator"))
+            passed = of_text and not word.startswith("--data.teacher_cache")
+        if passed:
             found.append(word)
     return found
 

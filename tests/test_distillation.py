@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     ElectraConfig,
+    Gemma3nTextConfig,
     GPT2Config,
     GPTNeoConfig,
     LlamaConfig,
@@ -152,17 +153,26 @@ def test_what_the_first_layer_alone_has_stays(texts, denoiser):
 
 def test_a_layout_that_is_not_known_is_refused():
     """Rather than cut in the wrong place: three matrices in one, and an LSTM, whose layers have other names."""
+    half = {"hidden_size": 4, "num_attention_heads": 1}
+    llama = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 9}
     electra = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 1}
     moe = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "moe_intermediate_size": 4}
     for config, part, told in (
         (
             GPT2Config(n_embd=8, n_head=2, n_layer=2, vocab_size=9),
             PartOfTeacher([0], {"n_embd": 4}),
-            "several matrices",
+            "what a part of a gpt2 is, is not known",
         ),
         (LSTMConfig(hidden_size=8, num_hidden_layers=2, vocab_size=9), PartOfTeacher([1]), "does not know the layers"),
-        (ElectraConfig(embedding_size=8, **electra), PartOfTeacher([0], {"hidden_size": 4}), "the teacher has no"),
-        (ElectraConfig(embedding_size=4, **electra), PartOfTeacher([0], {"hidden_size": 4}), "leave no place for"),
+        (ElectraConfig(embedding_size=8, **electra), PartOfTeacher([0], half), "the teacher has no"),
+        (ElectraConfig(embedding_size=4, **electra), PartOfTeacher([0], half), "leave no place for"),
+        (ElectraConfig(embedding_size=8, **electra), PartOfTeacher([0], {"hidden_size": 4}), "heads of 2 numbers of"),
+        (LlamaConfig(**llama), PartOfTeacher([0], {"num_attention_heads": 2}), "share their keys and values"),
+        (
+            GPT2Config(n_embd=8, n_head=2, n_layer=2, vocab_size=9, scale_attn_by_inverse_layer_idx=True),
+            PartOfTeacher([1]),
+            "scales attention by places",
+        ),
         (
             Qwen2MoeConfig(num_hidden_layers=4, decoder_sparse_step=2, num_experts=2, vocab_size=9, **moe),
             PartOfTeacher([1, 3]),
@@ -170,8 +180,8 @@ def test_a_layout_that_is_not_known_is_refused():
         ),
     ):
         auto_class = AutoModelForMaskedLM if config.model_type == "electra" else AutoModelForCausalLM
-        teacher, student = (auto_class.from_config(c) for c in (config, part.config(config)))
         with pytest.raises(ValueError, match=told):
+            teacher, student = (auto_class.from_config(c) for c in (config, part.config(config)))
             part.fill(student, teacher)
 
 
@@ -214,6 +224,13 @@ def test_what_a_config_says_of_each_layer_goes_with_it(config, fields, tmp_path)
     for network in (teacher, teacher.base_model):
         network.config = student.config
     torch.testing.assert_close(teacher(ids, use_cache=False).logits, student(ids, use_cache=False).logits)
+
+
+def test_a_size_that_each_layer_has_for_itself_goes_with_it():
+    sizes = [64 + i for i in range(8)]
+    teacher = Gemma3nTextConfig(num_hidden_layers=8, intermediate_size=sizes, activation_sparsity_pattern=[0.0] * 8)
+    found = PartOfTeacher([3, 6]).config(teacher)
+    assert found.intermediate_size == [67, 70] and len(found.activation_sparsity_pattern) == 2
 
 
 def test_a_trained_folder_goes_on(texts, decoder):
@@ -327,6 +344,8 @@ def test_a_teacher_that_is_trained_first_reads_the_same_text(monkeypatch, tmp_pa
     layers = ["fit", "--model.student", "{teacher_layers: [0, 1]}", "--data.path", "a", "b", "--trainer.max_steps=2"]
     recipe["train_teacher"](layers)
     assert started[0][-3:] == ["--data.path", "a", "b"]
+    recipe["train_teacher"](["fit", "--data.seed=3", "--data.teacher_cache", "words", "--data.path", "a"])
+    assert started.pop()[-3:] == ["--data.seed=3", "--data.path", "a"]
     for words in (["--model.teacher=x"], ["--config=x"], ["--model", "MaskedDistillation"], ["--help"]):
         recipe["train_teacher"](["fit", *words])
     assert len(started) == 1
@@ -350,6 +369,14 @@ def test_a_run_goes_on_with_what_it_began_with(texts, decoder, tmp_path, capsys)
     other.get_output_embeddings().weight.data.mul_(2)
     other.save_pretrained(tmp_path / "moved")
     assert "has weights of the teachers" in refused(capsys, *flags_of(tmp_path, texts, tmp_path / "moved", **common))
+
+
+def test_a_run_that_was_over_is_whole_in_a_new_folder(texts, decoder, tmp_path):
+    short = {"trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    fit(tmp_path / "first", texts, decoder, **short, **{"comparison.control": False})
+    again = short | {"ckpt_path": tmp_path / "first" / "checkpoints" / "last.ckpt"}
+    summary = fit(tmp_path / "second", texts, decoder, **again)
+    assert "without teacher" in summary["comparison"]  # which is trained by the second's config.yaml
 
 
 @pytest.mark.parametrize(

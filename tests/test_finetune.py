@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +12,19 @@ from peft import PeftModel
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     BertForMaskedLM,
+    DistilBertConfig,
+    RobertaConfig,
+    T5Config,
     pipeline,
 )
 
 from datamodules.labelled import Labelled
+from lightning_modules import checkpoint_io
 from lightning_modules.classification import Classification
 from lightning_modules.finetune import starting_folder
+from lightning_modules.model_folder import max_positions
 from tests.faults import signal_at, state
 from tests.finetuning import as_command, refused, run, sentences
 
@@ -223,6 +230,44 @@ def test_a_head_with_its_labels_in_another_order_says_what_it_said(encoder, revi
     assert found.config.id2label == {0: "bad", 1: "good"}
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     torch.testing.assert_close(found(**inputs).logits, network.eval()(**inputs).logits.flip(1))
+
+
+@pytest.mark.parametrize("config", [RobertaConfig, T5Config, DistilBertConfig])
+def test_only_what_says_the_labels_is_put_into_their_order(config, reviews):
+    """Where the head has other matrices with as many rows as there are labels."""
+    made = config(id2label=dict(enumerate("badc")), vocab_size=40, pad_token_id=1)
+    for name, value in {"hidden_size": 4, "num_attention_heads": 2, "num_hidden_layers": 1}.items():
+        setattr(made, made.attribute_map.get(name, name), value)
+    made.decoder_start_token_id, made.eos_token_id = 0, 2
+    network = AutoModelForSequenceClassification.from_config(made).eval()
+    module = Classification(from_="new", architecture=made)
+    module.trainer = SimpleNamespace(datamodule=SimpleNamespace(label_names=list("abcd")))
+    ids = torch.tensor([[5, 6, 7, 2, 1], [8, 9, 2, 1, 1]])
+    with torch.no_grad():
+        before = network(input_ids=ids).logits
+        after = module.with_labels_of(made, network)(input_ids=ids).logits
+    torch.testing.assert_close(after, before[:, [1, 0, 3, 2]])
+
+
+def test_a_model_of_as_many_ids_as_positions_has_all_of_them():
+    network = BertForMaskedLM(
+        BertConfig(vocab_size=64, max_position_embeddings=64, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+    )
+    assert max_positions(network) == 64
+
+
+def test_another_transformers_and_a_checkpoint_from_before_go_on(encoder, reviews, tmp_path):
+    short = {"trainer.max_epochs": -1, "trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    fit(tmp_path, reviews, encoder, **short)
+    path = checkpoint_io.newest(tmp_path / "checkpoints")
+    for change in (lambda c: c["network"].update(transformers_version="5.0.0"), lambda c: c.pop("network")):
+        checkpoint = torch.load(path, weights_only=True)
+        change(checkpoint)
+        for file in (tmp_path / "checkpoints").glob("*.ckpt"):
+            torch.save(checkpoint, file)
+        more = {"trainer.max_steps": 3, "trainer.val_check_interval": 3, "ckpt_path": path}
+        assert fit(tmp_path / "again", reviews, encoder, **(short | more))["steps"] == 3
+        shutil.rmtree(tmp_path / "again")
 
 
 def test_another_seed_is_another_head(encoder, reviews, tmp_path):

@@ -21,11 +21,16 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MambaConfig,
+    MistralConfig,
     ModernBertConfig,
     MptConfig,
+    NanoChatConfig,
     OPTConfig,
     Phi3Config,
+    Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
+    SmolLM3Config,
     T5Config,
 )
 
@@ -44,7 +49,7 @@ from lightning_modules.inner_signals import (
 )
 from lightning_modules.losses import IGNORED
 from lightning_modules.lstm import LSTMConfig
-from lightning_modules.student import PartOfTeacher, axes_of_width, principal_directions
+from lightning_modules.student import NARROWED, PartOfTeacher, axes_of_width, principal_directions
 from tests.distilling import as_command, fit, flags_of, opened, refused, started
 from tests.faults import signal_at, state
 
@@ -378,6 +383,92 @@ def test_a_projected_student_says_more_of_what_its_teacher_says(name):
     assert found["project"] < found["slice"]
 
 
+def test_a_norm_in_fewer_directions_is_the_mean_of_those_that_go_into_each():
+    teacher = network("llama")
+    for name, weight in teacher.named_parameters():
+        if "norm" in name:
+            weight.data.uniform_(0.5, 2.0)
+    part = PartOfTeacher([0, 1, 2], {"hidden_size": 16}, "project")
+    config = part.config(teacher.config)
+    student = AutoModelForCausalLM.from_config(config)
+    directions_cC = part.fill(student, teacher)
+    expected = directions_cC.square() @ teacher.model.norm.weight
+    torch.testing.assert_close(student.model.norm.weight, expected)
+    assert not torch.allclose(expected, teacher.model.norm.weight[:16])
+
+
+KINDS = {
+    "bart": BartConfig(decoder_attention_heads=4, encoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64),
+    "bert": BertConfig(),
+    "deberta-v2": DebertaV2Config(relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    "distilbert": DistilBertConfig(),
+    "electra": ElectraConfig(),
+    "llama": LlamaConfig(head_dim=8),
+    "mistral": MistralConfig(head_dim=8),
+    "nanochat": NanoChatConfig(),
+    "opt": OPTConfig(word_embed_proj_dim=32),
+    "qwen2": Qwen2Config(),
+    "qwen3": Qwen3Config(head_dim=8),
+    "roberta": RobertaConfig(),
+    "smollm3": SmolLM3Config(pad_token_id=0),
+    "t5": T5Config(d_kv=8),
+}
+
+
+@pytest.mark.parametrize("cut", ["inner", "heads"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_padded_with_zeros_says_what_the_part_says(kind, cut):
+    """So that each weight's leading part is a part of what it is: of each head, each gate."""
+    assert sorted(KINDS) == sorted(NARROWED)
+    config = KINDS[kind]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for name, value in (sizes | {"num_key_value_heads": 4, "vocab_size": 40}).items():
+        field = config.attribute_map.get(name, name)
+        if hasattr(config, field):
+            setattr(config, field, value)
+    for name, value in {"num_decoder_layers": 2, "encoder_layers": 2, "decoder_layers": 2, "ffn_dim": 64}.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    for name in ("layer_types", "no_rope_layers"):
+        if getattr(config, name, None):
+            setattr(config, name, getattr(config, name)[:2])
+    inner = [name for name in INNER_SIZES if hasattr(config, name)]
+    heads = [name for name in HEADS if hasattr(config, name)]
+    fields = dict.fromkeys(inner, 24) if cut == "inner" else dict.fromkeys(heads, 2)
+    auto_class = next(
+        auto
+        for auto in (AutoModelForMaskedLM, AutoModelForCausalLM, AutoModelForSeq2SeqLM)
+        if type(config) in auto._model_mapping and (kind != "bart" or auto is AutoModelForSeq2SeqLM)
+    )
+    part = PartOfTeacher([0, 1], fields)
+    try:
+        smaller = part.config(config)
+    except ValueError as error:
+        assert cut == "heads" and "make heads of" in str(error)  # where their size follows from their number
+        return
+    torch.manual_seed(0)
+    teacher, student = (auto_class.from_config(c).eval() for c in (config, smaller))
+    for weight in teacher.parameters():
+        weight.data.normal_(0, 0.3)
+    part.fill(student, teacher)
+    theirs, ours = teacher.state_dict(), student.state_dict()
+    for name, weight in theirs.items():
+        if weight.shape != ours[name].shape:
+            padded = torch.zeros_like(weight)
+            padded[tuple(slice(size) for size in ours[name].shape)] = ours[name]
+            weight.copy_(padded)
+    ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(read(student, ids).logits, read(teacher, ids).logits, rtol=1e-4, atol=1e-4)
+
+
+INNER_SIZES = ("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim", "hidden_dim", "d_ff")
+HEADS = (
+    *("num_attention_heads", "num_key_value_heads", "n_heads", "num_heads"),
+    *("encoder_attention_heads", "decoder_attention_heads"),
+)
+
+
 @pytest.mark.parametrize(
     ("config", "fields", "axes"),
     [
@@ -387,7 +478,11 @@ def test_a_projected_student_says_more_of_what_its_teacher_says(name):
             {"hidden_size": 16},
             {"embed_tokens": [1], "2.self_attn.q_norm": []},
         ),
-        (ElectraConfig(embedding_size=8), {"hidden_size": 16}, {"word_embeddings": [], "embeddings_project": [0]}),
+        (
+            ElectraConfig(embedding_size=8),
+            {"hidden_size": 16, "num_attention_heads": 2},
+            {"word_embeddings": [], "embeddings_project": [0]},
+        ),
         (
             OPTConfig(word_embed_proj_dim=32, ffn_dim=64),
             {"hidden_size": 16, "word_embed_proj_dim": 16, "num_attention_heads": 2},

@@ -47,6 +47,7 @@ def test_a_student_goes_on_from_the_beginning_of_a_row(texts, decoder):
 def test_what_is_written_with_the_cache_is_what_the_student_says_without(texts, decoder):
     """Each word follows from the row's number and the probabilities of one forward pass over all that was written."""
     module, batch = opened(texts, decoder, on_policy=ALL_OWN)
+    batch["input_ids"][:, 3] = 0  # an id like any other
     written, _ = module.written(batch)
     numbers = ALL_OWN.numbers(module.seed, batch["rows"], 25)[:, 1:]
     module.network.eval()
@@ -172,6 +173,21 @@ def test_a_teacher_writes_rows_of_text_and_goes_on_where_it_was_cut(texts, decod
         with pytest.raises(SystemExit) as stop:
             run("write", f"--folder={cut}", "--rows=10", flag, *common)
         assert stop.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_a_teacher_writes_over_nothing_and_on_through_documents(texts, decoder, tmp_path, capsys):
+    kept = ("model.", "data.", "trainer.accelerator")
+    common = [flag for flag in flags_of(tmp_path, texts, decoder) if flag[2:].startswith(kept)]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "val.jsonl").write_text("of the user")
+    for flags, told in (
+        ([f"--folder={tmp_path / 'mine'}"], "was not written here"),
+        ([f"--folder={tmp_path / 'new'}", "--data.cross_document_attention=false"], "goes on through documents"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run("write", "--rows=4", *flags, *common)
+        assert stop.value.code == 2 and told in capsys.readouterr().err
+    assert (tmp_path / "mine" / "val.jsonl").read_text() == "of the user"
 
 
 def test_documents_that_a_teacher_ends_stay_apart_and_a_row_that_is_not_full_stays_as_it_is(texts, decoder):

@@ -313,6 +313,8 @@ def test_a_student_answers_up_to_the_end(kind, data, teachers):
             assert whole == batch["input_ids"][i, :length].tolist() + answer[:-1]
             assert (labels[i, : length - 1] == IGNORED).all() and labels[i, length - 1] == answer[0]
     assert any(ended) and len(set(lengths.tolist())) > 1
+    filler = {name: value[2:3] for name, value in batch.items()} | {"rows": torch.tensor([-1])}  # evens out the ranks
+    assert module.written(filler)[1] is None
     one, _ = module.written({name: value[1:2] for name, value in batch.items()})
     assert one["labels"][0][one["labels"][0] != IGNORED].tolist() == labels[1][labels[1] != IGNORED].tolist()
     objective, _, count, divergence = module.training_loss(batch, 1.0)

@@ -1,6 +1,7 @@
 """A teacher's cache: the same law as the teacher itself, found by what was read, refused where it does not fit."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -179,6 +180,27 @@ def test_a_cache_of_another_teacher_or_another_text_is_refused(texts, decoder, t
     given = [*flags_of(tmp_path / "run3", texts, decoder), f"--data.teacher_cache={cache}"]
     endless = ["--trainer.max_steps=-1", "--trainer.max_epochs=-1", "--trainer.max_time=00:00:01:00"]
     assert "does not have row" in refused(capsys, *given, *endless)
+
+
+def test_a_part_of_the_rows_is_of_one_order(texts, decoder, tmp_path, capsys):
+    cache = write(tmp_path / "cache", texts, decoder, rows=48)
+    given = [*flags_of(tmp_path / "run", texts, decoder), f"--data.teacher_cache={cache}", "--data.seed=1"]
+    assert "not those that --data.seed 1 begins with" in refused(capsys, *given)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_is_next_is_of_the_same_model_and_data(texts, decoder, tmp_path, capsys):
+    """The command that is printed runs as it is."""
+    common = [f"--data.path={texts}", "--data.val_fraction", "0.2", "--data.seq_len=32", "--data.batch_size=4"]
+    student = ["--model", "CausalDistillation", "--model.student", "{teacher_layers: [0]}"]
+    folder = tmp_path / "with blank"
+    run("cache", *student, f"--model.teacher={decoder}", *common, f"--folder={folder}", "--temperature=2")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next")]
+    words = shlex.split(line.removeprefix("next"))
+    assert words[:3] == ["python", "recipes/distill.py", "fit"]
+    short = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--comparison.control=false"]
+    run(*words[2:], *short, f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.accelerator=cpu")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
 
 
 def test_a_run_goes_on_with_the_cache_it_began_with(texts, decoder, tmp_path, capsys):
