@@ -21,6 +21,10 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
+from lightning_modules import sharded_checkpoints
+from lightning_modules.named_optimizer import filled
+from lightning_modules.shards import local
+
 _STAMP = re.compile(rb"step=(\d{12}) sha256=([0-9a-f]{64})")
 _STAMP_BYTES = len("step=") + 12 + len(" sha256=") + 64
 _GOES_ON_FROM = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "tokens")
@@ -50,7 +54,10 @@ class CheckpointFiles(CheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(checkpoint, temporary)
             verify(temporary)
-            os.replace(temporary, path)
+            if path.is_dir():  # a sharded checkpoint of the same name
+                replace_folder(temporary, path)
+            else:
+                os.replace(temporary, path)
             _flush(path.parent)
             self._failed = False
         except (OSError, RuntimeError, DamagedCheckpoint) as error:
@@ -74,6 +81,8 @@ class CheckpointFiles(CheckpointIO):
         if "://" in str(path):
             raise ValueError(f"{path} is no local file; fetch it, look where it is from, and pass its path")
         verify(Path(path))
+        if Path(path).is_dir():
+            return _whole(Path(path))
         try:
             # Tensors and plain containers only: a pickle can run any code.
             checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
@@ -87,13 +96,20 @@ class CheckpointFiles(CheckpointIO):
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        path = Path(path)
-        if self._failed:
-            return
-        if path.is_dir():  # a sharded checkpoint
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        if not self._failed:
+            remove(Path(path))
+
+
+def _whole(folder: Path) -> dict:
+    """A sharded checkpoint, as one that is not."""
+    tensors, rest = sharded_checkpoints.read_whole(folder), sharded_checkpoints.rest_of(folder)
+    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    found = rest | {"state_dict": weights}
+    if "optimizer" in rest:
+        states = {name.removeprefix("optimizer."): tensor for name, tensor in tensors.items()}
+        found["optimizer_states"] = [filled(found.pop("optimizer"), states) | {"weights": weights}]
+    require_finite(found, folder)
+    return found
 
 
 # Writing and checking
@@ -142,7 +158,8 @@ def _flush(path: Path) -> None:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Puts a folder in the place of another, or of none: at any moment the old one or the new one is there, whole."""
+    """Puts a folder in the place of another, or of a file, or of none: at any moment the old one or the new one is
+    there, whole."""
     for path in (*new.rglob("*"), new):
         _flush(path)
     exchange = 2  # RENAME_EXCHANGE of Linux, https://man7.org/linux/man-pages/man2/rename.2.html
@@ -153,17 +170,28 @@ def replace_folder(new: Path, folder: Path) -> None:
     elif not hasattr(libc, "renameat2") or libc.renameat2(here, bytes(new), here, bytes(folder), exchange):
         # Elsewhere there is a moment without either under the name.
         old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         folder.rename(old)
         new.rename(folder)
-        shutil.rmtree(old)
-    shutil.rmtree(new, ignore_errors=True)
+        remove(old)
+    remove(new)
     _flush(folder.parent)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def verify(path: Path) -> None:
     """Raises DamagedCheckpoint unless the file is what was written. Of one that we did not write, the zip's own
     checksums are compared: they cover all of its tensors, though not its every byte."""
+    if path.is_dir():
+        if fault := sharded_checkpoints.fault(path):
+            raise DamagedCheckpoint(f"{path} is damaged: {fault}")
+        return
     stamp = _stamp(path)
     if stamp is None:
         _verify_zip(path)
@@ -201,7 +229,7 @@ def newest(folder: Path) -> Path | None:
 
     Says which ones it passes over; raises ValueError where all are damaged, for a run must not begin anew in silence.
     """
-    files = [path for path in folder.glob("*.ckpt") if path.is_file()]
+    files = list(folder.glob("*.ckpt"))
     steps: dict[Path, int] = {}
     for path in files:
         try:
@@ -225,6 +253,10 @@ def newest(folder: Path) -> Path | None:
 
 def step_of(path: Path) -> int:
     """The step of a checkpoint; raises DamagedCheckpoint where even that cannot be read."""
+    if path.is_dir():
+        if not (path / sharded_checkpoints.SEAL).exists():
+            raise DamagedCheckpoint(f"{path} is damaged: it was not written to its end")
+        return sharded_checkpoints.step_of(path)
     if (stamp := _stamp(path)) is not None:
         return int(stamp[1])
     _verify_zip(path)
@@ -237,7 +269,7 @@ def step_of(path: Path) -> int:
 def require_finite(checkpoint: dict, path: Path) -> None:
     """Raises ValueError where a weight or an optimizer's number is NaN or +inf (-inf stands in masks)."""
     for name, tensor in _tensors({name: checkpoint.get(name) for name in ("state_dict", "optimizer_states")}):
-        if tensor.is_floating_point() and not (tensor < torch.inf).all():
+        if tensor.is_floating_point() and not (local(tensor) < torch.inf).all():
             raise ValueError(
                 f"{path}: {name} is not finite at step {checkpoint.get('global_step')}; no such checkpoint is "
                 "kept: go on from the one before with a lower learning rate"

@@ -39,11 +39,12 @@ from lightning_modules.callbacks.watchdog import Watchdog
 from lightning_modules.checkpoint_io import CheckpointFiles
 from lightning_modules.command_line import OneLineParser, one_line_errors, take_flag, unbreakable_output
 from lightning_modules.language_module import LanguageModule
-from lightning_modules.precision import BF16Weights
+from lightning_modules.precision import BF16Shards, BF16Weights
 from lightning_modules.redaction import redacted
 from lightning_modules.restarts import join_after_restart
 from lightning_modules.run_folder import find_checkpoint, no_empty_run_folder, require_new, run_folder
 from lightning_modules.schedules import Schedule
+from lightning_modules.strategies import NAMES
 from lightning_modules.student import PartOfTeacher
 from lightning_modules.taught import Taught
 
@@ -244,11 +245,14 @@ class RecipeCLI(LightningCLI):
         elif self.subcommand != "fit":
             settings["logger"] = False
         plugins = [*(trainer.plugins or [])]
-        if trainer.strategy == "auto" or "ddp" in str(trainer.strategy):  # the others write shards, in their own way
+        if "FSDPStrategy" not in str(trainer.strategy) and trainer.strategy != "fsdp":  # which writes in its own way
             plugins.append(CheckpointFiles())
         if trainer.precision == "bf16-true" and trainer.strategy in ("auto", "ddp"):
             settings["precision"] = None
             plugins.append(BF16Weights())
+        elif trainer.precision == "bf16-true" and trainer.strategy in NAMES:
+            settings["precision"] = None
+            plugins.append(BF16Shards())
         settings["plugins"] = plugins
         for callback in self._get(self.config_init, "trainer")["callbacks"] or []:
             # Without this the checkpoints would land in the folder of a logger.

@@ -115,6 +115,8 @@ class Completion(FineTune):
 
     def prepare(self, network: PreTrainedModel) -> None:
         self.positions, self.shift = max_positions(network), 0
+        if self.prompt_tokens is not None and self.is_sharded:
+            raise ValueError("--model.prompt_tokens trains next to nothing; take --trainer.strategy ddp for it")
         if self.prompt_tokens is not None:
             self._put_prompt_before(network)
         self.token_loss = TokenLoss(network, self.label_smoothing, keep_only_labels=True)
@@ -180,10 +182,11 @@ class Completion(FineTune):
         room_B = (self.positions or 2**31) - lengths_B + 1
         new_B = room_B.clamp(min=1, max=wanted)
         written: list[tuple[str, bool]] = [("", False)] * len(new_B)
-        for new in new_B.unique().tolist():
+        for new in self.of_all_ranks(new_B.unique().tolist()):
             rows = (new_B == new).nonzero()[:, 0]
-            found = self._written({name: value[rows] for name, value in batch.items()}, new)
-            for row, text in zip(rows.tolist(), found, strict=True):
+            some = rows if len(rows) else rows.new_zeros(1)  # only that the ranks write together
+            found = self._written({name: value[some] for name, value in batch.items()}, new)
+            for row, text in zip(rows.tolist(), found if len(rows) else [], strict=True):
                 written[row] = text
         return written
 
@@ -197,7 +200,8 @@ class Completion(FineTune):
         prompts = self.prompted(prompts)
         before = 1 if self.encodes_apart else prompts["input_ids"].shape[1]  # a decoder's first token is given
         settings = self.generation(new)
-        tokens = self.plain_network.generate(**prompts, generation_config=settings)[:, before:].tolist()
+        together = {"generation_config": settings, "synced_gpus": self.is_sharded}
+        tokens = self.plain_network.generate(**prompts, **together)[:, before:].tolist()
         ends = set(settings.eos_token_id)
         return [
             (tokenizer.decode(ids, skip_special_tokens=True).strip(), any(token in ends for token in ids))
@@ -230,6 +234,8 @@ class Completion(FineTune):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         here_B = batch["rows"] >= 0
         if not here_B.any():
+            for new in self.of_all_ranks([]):
+                self._written({name: value[:1] for name, value in batch.items()}, new)
             return
         data = self.trainer.datamodule
         here = {name: value[here_B] for name, value in batch.items()}

@@ -14,6 +14,9 @@ from lightning.pytorch.callbacks import BatchSizeFinder
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_modules.shards import copies, is_sharded, local, part_of, sharded, whole
+from lightning_modules.strategies import Sharded
+
 
 class ExactStep(LightningModule):
     """A subclass has a `network` and says what a batch costs."""
@@ -62,15 +65,25 @@ class ExactStep(LightningModule):
         checkpoint["tokens"] = int(self.tokens)
         checkpoint["rows_per_micro_step"] = self.trainer.datamodule.rows_per_micro_step
         if self._sums is not None:
-            gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-            gathered = self.all_gather(gradients | {"sums": self._sums})
-            if self.trainer.world_size == 1:
-                gathered = {name: value[None] for name, value in gathered.items()}
-            checkpoint["step_so_far"] = gathered  # (ranks, …) each
+            checkpoint["step_so_far"] = self._gathered()
+            checkpoint["step_so_far_divisor"] = self._divisor
+
+    def _gathered(self) -> dict[str, Tensor]:
+        """(ranks, …) each: gradients and sums so far; of sharded weights (1, …), the sum over all ranks."""
+        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+        if is_sharded(gradients.values()):
+            ranks = self.trainer.datamodule.rank_and_ranks[1]  # over which FSDP2 has taken the mean
+            sums = self.trainer.strategy.reduce(self._sums * self.counts_its_rows, reduce_op="sum")
+            return {name: (whole(g) * ranks)[None] for name, g in gradients.items()} | {"sums": sums[None]}
+        gathered = self.all_gather(gradients | {"sums": self._sums})
+        if self.trainer.world_size == 1:
+            gathered = {name: value[None] for name, value in gathered.items()}
+        return gathered
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.tokens = checkpoint["tokens"]
         self._step_so_far = checkpoint.get("step_so_far")
+        self._divisor_so_far = checkpoint.get("step_so_far_divisor", self._divisor)
         data = self.trainer.datamodule
         if self.trainer.state.fn == "fit" and data.rows_per_micro_step != checkpoint["rows_per_micro_step"]:
             # Lightning counts micro-batches of a rank; on another number of ranks the same place has another number.
@@ -93,6 +106,17 @@ class ExactStep(LightningModule):
         if self._step_so_far is None:
             return
         so_far, mine = self._step_so_far, self.global_rank
+        if self._divisor_so_far != self._divisor:  # of micro-batches of another size
+            factor = self._divisor_so_far / self._divisor
+            so_far = {name: value if name == "sums" else value * factor for name, value in so_far.items()}
+        if is_sharded(self.parameters()):
+            ranks = self.trainer.datamodule.rank_and_ranks[1]
+            self._sums = so_far["sums"].sum(0).to(self.device) * (mine == 0)
+            for name, parameter in self.named_parameters():
+                if name in so_far:
+                    mean = so_far[name].sum(0).to(parameter.dtype) / ranks
+                    parameter.grad = sharded(part_of(mean, parameter).clone().to(parameter.device), parameter)
+            return
         if len(so_far["sums"]) != self.trainer.world_size:  # only their sum over all ranks counts
             so_far = {name: value.sum(0, keepdim=True) for name, value in so_far.items()}
         if mine < len(so_far["sums"]):
@@ -100,6 +124,12 @@ class ExactStep(LightningModule):
             for name, parameter in self.named_parameters():
                 if name in so_far:
                     parameter.grad = so_far[name][mine].to(parameter)
+
+    @property
+    def _divisor(self) -> int:
+        """By which the gradient of a step's sum has been divided on this rank, once backward has run."""
+        data = self.trainer.datamodule
+        return data.batch_size * data.seq_len * self.trainer.accumulate_grad_batches
 
     # Forward and backward
 
@@ -110,6 +140,8 @@ class ExactStep(LightningModule):
         self._nominal = data.batch_size * data.seq_len
         if self._sums is None:
             self._step_so_far = None
+            # The x axis of the metrics, which Lightning takes up one too low after some checkpoints.
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
             self._window.clear()
             self.trainer.optimizers[0].zero_grad()
         self._window.append(batch)
@@ -212,6 +244,12 @@ class ExactStep(LightningModule):
 
     # The step
 
+    @property
+    def counts_its_rows(self) -> bool:
+        """Whether no other rank sums the same rows."""
+        strategy = self.trainer.strategy
+        return not isinstance(strategy, Sharded) or strategy.is_first_of_its_rows
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """One sum over the ranks: of the loss and its tokens, of what each wishes, and of those whose gradient is not
         finite."""
@@ -219,12 +257,23 @@ class ExactStep(LightningModule):
             # Walking through all modules at each step takes as long as a small model's optimizer.
             self._parameters_in_order = list(self.parameters())
         self._stepped = [p for p in self._parameters_in_order if p.grad is not None]
-        gradients = [p.grad for p in self._stepped]
+        if isinstance(self.trainer.strategy, Sharded):
+            self.trainer.strategy.complete(self._stepped)
+        gradients = [local(p.grad) for p in self._stepped]
         pieces = [piece for gradient in gradients for piece in in_pieces(gradient)]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pieces, 2, torch.float32)))
+        norms = torch.stack(torch._foreach_norm(pieces, 2, torch.float32))
+        norm = torch.linalg.vector_norm(norms)
         told = self._sums.new_tensor([*self.wishes, 0.0 if self.global_rank else self.clock()])
-        mine = torch.cat([self._sums, told, (~torch.isfinite(norm)).double()[None]])
-        nats, count, tokens, *others, clock, not_finite = self.trainer.strategy.reduce(mine, reduce_op="sum")
+        sums = self._sums * self.counts_its_rows
+        mine = [sums, told, (~torch.isfinite(norm)).double()[None]]
+        cut = is_sharded(self._stepped)
+        if cut:
+            alike = [copies(p, self.trainer.world_size) for p in self._stepped for _ in in_pieces(local(p.grad))]
+            mine.append((norms.double().square() / norms.new_tensor(alike)).sum()[None])
+        reduced = self.trainer.strategy.reduce(torch.cat(mine), reduce_op="sum")
+        if cut:
+            norm, reduced = reduced[-1].sqrt().float(), reduced[:-1]
+        nats, count, tokens, *others, clock, not_finite = reduced
         if self.trainer.world_size > 1:
             self.clock_of_first = float(clock)
         more, wishes = others[: len(self.more_sums)], others[len(self.more_sums) :]
@@ -235,7 +284,8 @@ class ExactStep(LightningModule):
         self.step_loss = nats / count
         self.step_more = {name: value / count for name, value in zip(self.more_sums, more, strict=True)}
         # Lightning has divided by accumulate_grad_batches, DDP by the ranks, training_step by its constant.
-        divided_by = self.trainer.accumulate_grad_batches * self.trainer.world_size * self._nominal
+        ranks = self.trainer.datamodule.rank_and_ranks[1]
+        divided_by = self.trainer.accumulate_grad_batches * ranks * self._nominal
         self._scale = divided_by / count
         self.step_grad_norm = norm * self._scale
         self.step_is_finite = bool(torch.isfinite(nats) & (not_finite == 0))
@@ -251,9 +301,11 @@ class ExactStep(LightningModule):
         if gradient_clip_val and gradient_clip_algorithm != "value":
             factor = factor * (gradient_clip_val / (self.step_grad_norm + 1e-6)).clamp(max=1)
         if factor.device.type != "cpu" or factor != 1:
-            torch._foreach_mul_([p.grad for p in self._stepped], factor)
+            torch._foreach_mul_([local(p.grad) for p in self._stepped], factor)
         if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(self._stepped, gradient_clip_val)
+            gradients = [local(p.grad) for p in self._stepped]
+            torch._foreach_clamp_min_(gradients, -gradient_clip_val)
+            torch._foreach_clamp_max_(gradients, gradient_clip_val)
 
 
 def in_pieces(gradient: Tensor, numbers: int = 2**22) -> tuple[Tensor, ...]:

@@ -222,6 +222,15 @@ class FineTune(ScheduledStep):
         token_type_ids."""
         return self.network if self.adapter is None else self.network.base_model.model
 
+    def unsharded(self, weights: dict[str, Tensor]) -> torch.nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            network = self.new_network(self.auto_class, self.head_fields())
+            network.config.pad_token_id = self.trainer.datamodule.pad_id
+            if self.adapter is not None:
+                network = self.adapter.added_to(network, self.auto_class, self.new_parts)
+        network.load_state_dict(weights)
+        return network
+
     def exported(self) -> PreTrainedModel:
         """With an adapter, the network that it adds up to."""
         if self.adapter is None:

@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.adamw import adamw as adamw_update
 
 from lightning_modules import hardware
+from lightning_modules.shards import local, part_of, sharded, whole
 
 # Coefficients (a, b, c) of the odd polynomials a·X + b·(XXᵀ)X + c·(XXᵀ)²X, one an iteration, that bring all singular
 # values from [1e-3, 1] to 1 fastest: Polar Express, algorithm 1, https://arxiv.org/abs/2505.16932.
@@ -34,19 +35,20 @@ def parameter_groups(model: nn.Module, weight_decay: float | None = None) -> lis
     """Three groups: hidden matrices, embeddings with the head, and vectors (norms, biases), which never decay.
 
     `weight_decay` overrides the optimizer's own for the first two; None leaves it. A matrix shared by embedding and
-    head counts as embedding, once. Each group says its `kind`: "matrix", "embedding" or "vector".
+    head counts as embedding, once. Each group says its `kind`: "matrix", "embedding" or "vector". Where weights are
+    sharded in several ways there is a group for each: torch's optimizers do not mix them.
     """
     table = {id(p) for module in _tables(model) for p in module.parameters(recurse=False) if p.ndim >= 2}
-    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "vector": []}
+    kinds: dict[str, dict[object, list[nn.Parameter]]] = {"matrix": {}, "embedding": {}, "vector": {}}
     for parameter in model.parameters():
         if parameter.requires_grad:
             kind = "vector" if parameter.ndim < 2 else "embedding" if id(parameter) in table else "matrix"
-            groups[kind].append(parameter)
+            kinds[kind].setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     return [
         {"params": parameters, "kind": kind} | ({"weight_decay": 0.0} if kind == "vector" else decay)
-        for kind, parameters in groups.items()
-        if parameters
+        for kind, by_mesh in kinds.items()
+        for parameters in by_mesh.values()
     ]
 
 
@@ -132,28 +134,30 @@ class MuonAdamW(Optimizer):
             if not parameters:
                 continue
             if group["weight_decay"]:
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_mul_([local(p) for p in parameters], 1 - group["lr"] * group["weight_decay"])
             (self._muon if group["kind"] == "matrix" else self._adam)(parameters, group)
         return loss
 
     def _muon(self, parameters: list[Tensor], group: dict) -> None:
         momentum = group["momentum"]
-        gradients = [p.grad for p in parameters]
+        gradients = [local(p.grad) for p in parameters]
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum)
         by_shape: dict[torch.Size, list[int]] = {}
         for i, p in enumerate(parameters):
             by_shape.setdefault(p.shape, []).append(i)
         for (rows, columns), indices in by_shape.items():
-            update_MRC = orthogonalize(torch.stack([updates[i] for i in indices]), group["iterations"])
+            # Of sharded matrices each rank makes the whole update, and takes its part.
+            matrices_MRC = torch.stack([whole(sharded(updates[i], parameters[i])) for i in indices])
+            update_MRC = orthogonalize(matrices_MRC, group["iterations"])
             step_size = group["lr"] * max(1.0, rows / columns) ** 0.5
-            torch._foreach_add_(
-                [parameters[i] for i in indices], list(update_MRC.to(parameters[indices[0]].dtype)), alpha=-step_size
-            )
+            stepped = [parameters[i] for i in indices]
+            parts = map(part_of, update_MRC.to(stepped[0].dtype), stepped)
+            torch._foreach_add_([local(p) for p in stepped], list(parts), alpha=-step_size)
 
     def _adam(self, parameters: list[Tensor], group: dict) -> None:
         for p in parameters:
@@ -161,10 +165,10 @@ class MuonAdamW(Optimizer):
                 self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         states = [self.state[p] for p in parameters]
         adamw_update(
-            parameters,
-            [p.grad for p in parameters],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            [local(p) for p in parameters],
+            [local(p.grad) for p in parameters],
+            [local(s["exp_avg"]) for s in states],
+            [local(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
             fused=True,

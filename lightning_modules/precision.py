@@ -7,6 +7,13 @@ from lightning.pytorch.plugins import Precision
 from torch import nn
 
 
+class BF16Shards(Precision):
+    """The same of weights that FSDP2 shards: they stay float32 in their shards, which are the masters, and are gathered
+    as bf16; gradients are added up in float32."""
+
+    precision: Literal["bf16-true"] = "bf16-true"
+
+
 class BF16Weights(Precision):
     """`--trainer.precision bf16-true` as a recipe means it: the weights are bf16, nothing else becomes so.
 

@@ -2,10 +2,13 @@
 
 import json
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from jsonargparse import lazy_instance
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import OptimizerCallable
@@ -16,9 +19,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lightning_modules import cpu_kernels, hardware
 from lightning_modules.architectures import flops_per_token
 from lightning_modules.exact_step import ExactStep
+from lightning_modules.named_optimizer import names_of, number_when_loaded
 from lightning_modules.optim import Float32Master, adamw, parameter_groups
 from lightning_modules.precision import BF16Weights
 from lightning_modules.schedules import Cosine, Schedule
+from lightning_modules.strategies import Sharded
 
 
 class LRsOfTheStart(LambdaLR):
@@ -60,16 +65,49 @@ class ScheduledStep(ExactStep):
         self.kernels: list[str] = []
 
     def make_fast(self, network: PreTrainedModel) -> None:
-        """Kernels on a CPU, torch.compile on a GPU, in place."""
+        """Shards of a strategy that has them, kernels on a CPU, torch.compile on a GPU, in place."""
+        if self.is_sharded:
+            self.trainer.strategy.parallelize(network)
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
         if on_cpu:
             hardware.keep_freed_memory()
-        if on_cpu and self.low_precision and self.compile_network is not True:
+        if on_cpu and not self.is_sharded and self.low_precision and self.compile_network is not True:
             self.kernels = cpu_kernels.install(network)
         if self.compile_network is True or (self.compile_network == "auto" and not on_cpu):
             # In place, and the network alone: torch.compile(network) would rename all weights, and a compiled
             # LightningModule cannot log.
             network.compile()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a forward pass is one of all ranks together."""
+        return isinstance(self.trainer.strategy, Sharded)
+
+    def of_all_ranks(self, numbers: list[int]) -> list[int]:
+        """What ranks have to do together: the numbers of all of them, sorted; of ranks that work alone their own."""
+        found: list[list[int]] = [numbers]
+        if self.is_sharded:
+            found = [[]] * self.trainer.world_size
+            dist.all_gather_object(found, numbers)
+        return sorted({number for of_rank in found for number in of_rank})
+
+    def unsharded(self, weights: dict[str, Tensor]) -> nn.Module:
+        """A network as the own one, with these weights, which no strategy has sharded; it is there to be saved."""
+        with torch.device("meta"):
+            network = self.auto_class.from_config(self.network.config)
+        network.load_state_dict(weights, assign=True)
+        network.generation_config = self.network.generation_config
+        network.tie_weights()
+        return network
+
+    @contextmanager
+    def as_whole(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """With a network of these weights in the place of the sharded one."""
+        own, self.network = self.network, self.unsharded(weights)
+        try:
+            yield
+        finally:
+            self.network = own
 
     def exported(self) -> PreTrainedModel:
         """What a model folder gets."""
@@ -125,8 +163,14 @@ class ScheduledStep(ExactStep):
     def configure_optimizers(self) -> dict:
         groups = self.trained_groups()
         optimizer = Float32Master(groups, self.optimizer) if self.low_precision else self.optimizer(groups)
+        number_when_loaded(optimizer, self)
         scheduler = LRsOfTheStart(optimizer, lambda step: self.schedule.factor(step, self.progress()))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.trainer.optimizers:
+            checkpoint["optimizer_names"] = names_of(self.trainer.optimizers[0], self)
 
     def on_train_start(self) -> None:
         """Takes the rate that LearningRateFinder has set; a second group keeps its ratio to the first."""

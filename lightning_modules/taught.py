@@ -139,6 +139,8 @@ class Taught(ScheduledStep):
             teacher.require_fit(data)
         if self.on_policy is not None:
             self.on_policy.require_range(data.seq_len)
+            if self.is_sharded:
+                raise ValueError("--model.on_policy writes on each rank by itself; take --trainer.strategy ddp for it")
         if self.asks_teachers:
             self.load_teachers()
         super().configure_model()

@@ -96,7 +96,8 @@ def rollback(trainer: Trainer, module: LightningModule) -> None:
         print("warning: no checkpoint to roll back to yet; the step is skipped", file=sys.stderr)
         return
     checkpoint = trainer.strategy.load_checkpoint(path)
-    module.load_state_dict(checkpoint["state_dict"])
+    if "state_dict" in checkpoint:  # else the strategy has put it where it belongs
+        module.load_state_dict(checkpoint["state_dict"])
     trainer.strategy.load_optimizer_state_dict(checkpoint)
     if trainer.is_global_zero:
         print(f"rolled back to the weights of step {checkpoint['global_step']} ({path})", file=sys.stderr)

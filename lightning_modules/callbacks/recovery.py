@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from lightning_modules import tracking
+from lightning_modules import checkpoint_io, tracking
 
 STEPS_DONE = ".steps_done"
 """Eight bytes beside the checkpoints: the last step that was done, which a killed run cannot tell any more."""
@@ -63,7 +63,7 @@ class Recovery(Callback):
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             for unfinished in self.folder(trainer).glob(".*.partial"):  # of a run that was killed while it saved
-                unfinished.unlink()
+                checkpoint_io.remove(unfinished)
             require_space(self.folder(trainer), module)
             if trainer.global_step:
                 self._tell(trainer)

@@ -9,12 +9,14 @@ import shlex
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import transformers
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
 
 from lightning_modules import hardware
 from lightning_modules.architectures import bytes_of, parameter_count
@@ -23,6 +25,7 @@ from lightning_modules.callbacks.speed import Speed
 from lightning_modules.checkpoint_io import replace_folder
 from lightning_modules.finetune import FineTune
 from lightning_modules.redaction import redacted
+from lightning_modules.shards import whole
 
 PACKAGES = ("lightning", "torch", "transformers", "tokenizers", "wandb")
 MOST_COMPRESSED_BYTES = 8_000_000
@@ -61,11 +64,13 @@ class Report(Callback):
         seconds = self._seconds()
         folder = Path(trainer.default_root_dir)
         restore_best(trainer, module)
+        weights = whole_weights(module.network) if module.is_sharded else None
         if not trainer.is_global_zero:
             return
         summary = self.summary(trainer, module, seconds)
-        save_model(folder / "model", module, trainer.datamodule.tokenizer, model_card(summary, trainer, module))
-        module.save_beside(folder)
+        with nullcontext() if weights is None else module.as_whole(weights):
+            save_model(folder / "model", module, trainer.datamodule.tokenizer, model_card(summary, trainer, module))
+            module.save_beside(folder)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print_pairs("Result", self.rows(summary, trainer, module))
 
@@ -131,8 +136,21 @@ def restore_best(trainer: Trainer, module: LightningModule) -> None:
     except (OSError, ValueError) as error:
         print(f"warning: the last weights are exported, not the best: {error}", file=sys.stderr)
         return
-    if best["global_step"] != trainer.global_step:
+    if best["global_step"] != trainer.global_step and "state_dict" in best:
         module.load_state_dict(best["state_dict"])
+
+
+def whole_weights(network: nn.Module) -> dict[str, Tensor] | None:
+    """Of a sharded network, in the memory of the first rank alone: one weight after the other is made whole."""
+    weights = dict(network.named_parameters(remove_duplicate=False))
+    found, once = {}, {}
+    for name, tensor in network.state_dict().items():
+        weight = weights.get(name, tensor)
+        if id(weight) not in once:  # of several names, such as embedding and head, there is one
+            complete = whole(tensor)
+            once[id(weight)] = complete.cpu() if torch.distributed.get_rank() == 0 else None
+        found[name] = once[id(weight)]
+    return found if torch.distributed.get_rank() == 0 else None
 
 
 def save_model(folder: Path, module: LightningModule, tokenizer, card: str) -> None:

@@ -27,7 +27,7 @@ class Samples(Callback):
             trainer.sanity_checking
             or trainer.state.fn != "fit"
             or not self.max_new_tokens
-            or not trainer.is_global_zero
+            or not (trainer.is_global_zero or module.is_sharded)
             or not isinstance(module, LanguageModule)
         ):
             return
@@ -41,6 +41,8 @@ class Samples(Callback):
             torch.manual_seed(0)
             texts = [module.sample(tokenizer, p, self.max_new_tokens, self.temperature) for p in self.prompts]
         module.network.train()
+        if not trainer.is_global_zero:
+            return
         loss = trainer.callback_metrics["val/loss"]
         bits = trainer.callback_metrics["val/bits_per_byte"]
         print(f"step {trainer.global_step}: val loss {loss:.4f} nats per token, {bits:.4f} bits per byte")

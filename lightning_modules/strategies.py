@@ -1,0 +1,244 @@
+"""Strategies by name: `fsdp2`, `tp` and `fsdp2_tp` are Lightning's ModelParallelStrategy, which shards what we say.
+
+Weights are sharded by FSDP2 over the ranks that see different rows, and the matrices of each layer by tensor parallel
+over those that see the same rows, after the plan that transformers has for the architecture. Embeddings, head and norms
+are whole on each of the latter.
+"""
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from lightning_modules import sharded_checkpoints
+from lightning_modules.checkpoint_io import CheckpointFiles, replace_folder, require_finite
+from lightning_modules.named_optimizer import Named, filled, named, names_of, tensors_of, with_tensors
+from lightning_modules.precision import BF16Shards
+from lightning_modules.shards import empty_like, local, part_of, sharded
+
+STYLES = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+"""Of transformers' plans, torch's classes."""
+SUMMED = "replicated_with_grad_allreduce"
+"""Of transformers' plans: a weight that is whole, of which each rank has the gradient of its heads."""
+
+
+class Sharded(ModelParallelStrategy):
+    """A subclass says how many ranks see the same rows."""
+
+    def parallelize(self, network: PreTrainedModel) -> None:
+        """Shards a network, in place. Raises ValueError for an architecture that cannot be."""
+        mesh = self.device_mesh
+        partial = split_layers(network, mesh["tensor_parallel"]) if mesh["tensor_parallel"].size() > 1 else []
+        in_bf16 = isinstance(self.precision_plugin, BF16Shards)
+        if mesh["data_parallel"].size() > 1 or mesh["tensor_parallel"].size() == 1 or in_bf16:
+            shard(network, mesh["data_parallel"], torch.bfloat16 if in_bf16 else None)
+        self._partial = [parameter for module in partial for parameter in module.parameters()]
+
+    @torch.no_grad()
+    def complete(self, parameters: list[nn.Parameter]) -> None:
+        """Gradients of which a rank has a part that no other strategy adds up, in place: of weights that are whole
+        while each rank has heads of its own, and of weights that stand beside the network."""
+        rows = self.device_mesh["data_parallel"]
+        for parameter in self._partial:
+            dist.all_reduce(local(parameter.grad), group=self.device_mesh["tensor_parallel"].get_group())
+        for parameter in parameters:
+            if rows.size() > 1 and not isinstance(parameter, DTensor):
+                dist.all_reduce(parameter.grad, group=rows.get_group())
+                parameter.grad /= rows.size()
+
+    @property
+    def is_first_of_its_rows(self) -> bool:
+        """Whether what this rank sums is to count: others may see the same rows."""
+        return self.device_mesh["tensor_parallel"].get_local_rank() == 0
+
+    # Checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Tensor]:
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer | LightningOptimizer) -> Named:
+        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return named(optimizer.state_dict(), names_of(optimizer, self.lightning_module))
+
+    def save_checkpoint(self, checkpoint: dict, filepath: str | Path, storage_options: object = None) -> None:
+        """A folder, which is there whole or not at all."""
+        path = Path(self.broadcast(str(filepath)))
+        temporary = path.with_name(f".{path.name}.partial")
+        self._agree(require_finite, checkpoint, path)
+        weights, optimizers = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", [])
+        tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+        rest = dict(checkpoint)
+        if optimizers:
+            tensors |= {f"optimizer.{name}": tensor for name, tensor in tensors_of(optimizers[0]).items()}
+            rest["optimizer"] = with_tensors(optimizers[0], lambda *_: None)
+        if self.is_global_zero:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.barrier()
+        sharded_checkpoints.save(temporary, tensors, rest)
+        if self.is_global_zero:
+            replace_folder(temporary, path)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict:
+        """A folder of any number of ranks, or a file of a run that was not sharded."""
+        path = Path(self.broadcast(str(checkpoint_path)))
+        if path.is_file():
+            return self._load_file(path)
+        fault = self.broadcast(sharded_checkpoints.fault(path) if self.is_global_zero else None)
+        if fault:
+            raise ValueError(f"{path} is damaged: {fault}; go on from another checkpoint")
+        rest, there = sharded_checkpoints.rest_of(path), sharded_checkpoints.contents(path)
+        tensors = {f"model.{name}": tensor for name, tensor in self.lightning_module.state_dict().items()}
+        self._require_weights(path, [name for name in tensors if name not in there])
+        weights = dict(self.lightning_module.named_parameters())
+        for name, (shape, dtype) in there.items():
+            if self.optimizers and name.startswith("optimizer."):
+                weight = weights[name.removeprefix("optimizer.").partition("::")[0]]
+                tensors[name] = empty_like(weight, shape, dtype)
+        sharded_checkpoints.load_into(path, tensors)
+        if self.optimizers:
+            states = {name.removeprefix("optimizer."): tensor for name, tensor in tensors.items()}
+            self.optimizers[0].load_state_dict(filled(rest.pop("optimizer"), states))
+        return rest
+
+    def _load_file(self, path: Path) -> dict:
+        checkpoint = CheckpointFiles().load_checkpoint(path)
+        whole, weights = checkpoint.pop("state_dict"), dict(self.lightning_module.named_parameters())
+        states, names = checkpoint.pop("optimizer_states", []), checkpoint.get("optimizer_names")
+        if states and "masters" in states[0]:  # what the weights are in float32
+            whole |= dict(zip(names, states[0]["masters"], strict=True))
+            states = [states[0]["optimizer"]]
+        here = self.lightning_module.state_dict()
+        self._require_weights(path, [name for name in here if name not in whole])
+        for name, tensor in here.items():
+            local(tensor).copy_(part_of(whole[name], tensor))
+
+        def cut(name: str, key: str, tensor: Tensor) -> Tensor:
+            weight = weights[name]
+            return sharded(part_of(tensor, weight).clone(), weight) if tensor.shape == weight.shape else tensor
+
+        if states and self.optimizers:
+            self.optimizers[0].load_state_dict(with_tensors(named(states[0], names), cut))
+        return checkpoint
+
+    @staticmethod
+    def _require_weights(path: Path, missing: list[str]) -> None:
+        if missing:
+            raise ValueError(f"{path} lacks {missing[0].removeprefix('model.')}; resume with the run's own settings")
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:
+        """`load_checkpoint` did it."""
+
+    def _agree(self, function, *arguments: object) -> None:
+        """Calls a function that may raise ValueError on some ranks; then it is raised on all."""
+        fault, faults = None, [None] * self.world_size
+        try:
+            function(*arguments)
+        except ValueError as error:
+            fault = str(error)
+        dist.all_gather_object(faults, fault)
+        if told := [found for found in faults if found]:
+            raise ValueError(told[0])
+
+
+class FSDP2(Sharded):
+    """Weights, gradients and optimizer states are shared among all ranks, each of which sees rows of its own."""
+
+    def setup_environment(self) -> None:
+        self._tensor_parallel_size = 1
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+class TensorParallel(Sharded):
+    """The matrices of each layer are shared among all ranks, which see the same rows."""
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = 1
+        self._tensor_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+class FSDP2TensorParallel(Sharded):
+    """Tensor parallel within each machine, FSDP2 between them; on one machine, by two.
+
+    Args:
+        tensor_parallel_size: Ranks that share a layer's matrices.
+    """
+
+    def __init__(self, tensor_parallel_size: int | None = None, **settings: object):
+        super().__init__(**settings)
+        self._asked_size = tensor_parallel_size
+
+    def setup_environment(self) -> None:
+        ranks = self.num_nodes * self.num_processes
+        size = self._asked_size or (self.num_processes if self.num_nodes > 1 else 2)
+        if ranks % size:
+            raise ValueError(f"{ranks} ranks do not divide into groups of {size} of tensor parallel; pass another size")
+        self._tensor_parallel_size, self._data_parallel_size = size, ranks // size
+        super().setup_environment()
+
+
+NAMES = {"fsdp2": FSDP2, "tp": TensorParallel, "fsdp2_tp": FSDP2TensorParallel}
+for _name, _strategy in NAMES.items():
+    if _name not in StrategyRegistry:
+        StrategyRegistry.register(_name, _strategy, description=_strategy.__doc__.splitlines()[0])
+
+
+def split_layers(network: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:
+    """Tensor parallel by the architecture's own plan; returns the modules that are whole, with a part of their
+    gradient on each rank."""
+    kind = type(network.config).__name__
+    plan = network.config.get_text_config().base_model_tp_plan
+    if not plan:
+        raise ValueError(f"transformers has no plan for tensor parallel of {kind}; take --trainer.strategy fsdp2")
+    if unknown := sorted({style for style in plan.values() if style not in STYLES and style != SUMMED}):
+        raise ValueError(f"the plan for tensor parallel of {kind} has {unknown[0]}; take --trainer.strategy fsdp2")
+    heads = network.config.get_text_config()
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        count = getattr(heads, name, None)
+        if count is not None and count % mesh.size():
+            raise ValueError(f"{kind} has {name}={count}, which {mesh.size()} ranks of tensor parallel do not divide")
+    partial = []
+    for pattern, style in plan.items():
+        for module in matching(network.base_model, pattern):
+            if style == SUMMED:
+                partial.append(module)
+            elif isinstance(module, nn.Linear):
+                parallelize_module(module, mesh, STYLES[style]())
+            else:  # an adapter: the matrix that has the sharded side goes with it
+                side = "lora_B" if style == "colwise" else "lora_A"
+                names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+                split = [name for name in names if name == "base_layer" or name.startswith(side)]
+                parallelize_module(module, mesh, {name: STYLES[style]() for name in split})
+    return partial
+
+
+def matching(base: nn.Module, pattern: str) -> Iterator[nn.Module]:
+    """Modules by their names, in which * stands for a number."""
+    expression = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
+    return (module for name, module in base.named_modules() if expression.fullmatch(name))
+
+
+def shard(network: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
+    """FSDP2: each layer by itself, then what is left; computed in `dtype`, added up in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
+    layers, names = set(network._no_split_modules or ()), network.named_parameters(remove_duplicate=False)
+    times = Counter(id(parameter) for _, parameter in names)
+    for module in reversed([module for module in network.modules() if type(module).__name__ in layers]):
+        if all(times[id(parameter)] == 1 for parameter in module.parameters()):  # embeddings that are the head, too
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(network, mesh=mesh, mp_policy=policy)

@@ -1,0 +1,221 @@
+"""The same training under every strategy: one process, two and four ranks over gloo, and one strategy after another."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightning_modules import checkpoint_io, sharded_checkpoints
+from tests.test_ddp import ROOT, fit, shared_cache  # noqa: F401  (a fixture)
+
+EVERY = ("decoder", "normed_heads", "encoder", "encoder_decoder", "labels", "answers", "distilled")
+WITH_PLAN = ("decoder", "normed_heads", "answers", "distilled")
+"""Recipes on architectures that transformers has a plan of tensor parallel for."""
+CASES = {
+    1: [("auto", recipe) for recipe in EVERY],
+    2: [(name, recipe) for name in ("ddp", "fsdp2") for recipe in EVERY] + [("tp", recipe) for recipe in WITH_PLAN],
+    4: [("fsdp2_tp", recipe) for recipe in WITH_PLAN],
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, texts, encoder, decoder, reviews) -> dict[str, dict]:
+    """Losses and gradient norms of 50 steps of each case, and what its validation finds."""
+    folder, rng = tmp_path_factory.mktemp("ranks"), random.Random(0)
+    words = ("the", "film", "was", "and", "its", "end")
+    pairs = [[rng.choice(words) for _ in range(rng.randrange(2, 8))] for _ in range(60)]
+    rows = [{"instruction": " ".join(pair), "output": " ".join(reversed(pair))} for pair in pairs]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = {"texts": texts, "encoder": encoder, "decoder": decoder, "reviews": reviews}
+    job = {name: str(path) for name, path in job.items()} | {"answers": str(folder / "answers.jsonl")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        return {name: case for ranks in CASES for name, case in launched(folder, ranks, job).items()}
+
+
+def launched(folder: Path, ranks: int, job: dict) -> dict[str, dict]:
+    """What the ranks found, each a process as torchrun would start it."""
+    file = folder / f"{ranks}.json"
+    job = job | {"ranks": ranks, "cases": CASES[ranks], "file": str(file)}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+        of_rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        names = {name: str(value) for name, value in of_rank.items()} if ranks > 1 else {}
+        environment = os.environ | names | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        with (folder / f"{ranks}-{rank}.log").open("w") as log:
+            command = [sys.executable, str(ROOT / "tests" / "ranks.py"), json.dumps(job)]
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(codes), (folder / f"{ranks}-0.log").read_text()[-3000:]
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("case", [" ".join(case) for ranks in (2, 4) for case in CASES[ranks]])
+def test_every_strategy_trains_as_one_process_does(case, found):
+    theirs, ours = found[f"auto {case.split()[1]}"], found[case]
+    assert len(ours["steps"]) == len(theirs["steps"]) == 50
+    for (loss, norm), (loss_of_one, norm_of_one) in zip(ours["steps"], theirs["steps"], strict=True):
+        assert loss == pytest.approx(loss_of_one, rel=1e-6)
+        assert norm == pytest.approx(norm_of_one, rel=1e-5)
+    assert ours["val"] == pytest.approx(theirs["val"], rel=1e-6)
+
+
+# Checkpoints
+
+SMALL = {
+    "model.architecture.num_attention_heads": 4,
+    "model.architecture.num_key_value_heads": 4,
+    "model.architecture.hidden_size": 32,
+    "model.optimizer": "torch.optim.AdamW",
+    "model.optimizer.lr": 0.01,
+    "model.schedule": "Constant",
+    "data.batch_size": 4,
+    "trainer.val_check_interval": 3,
+    "trainer.log_every_n_steps": 1,
+}
+TWO = {"trainer.devices": 2, "data.batch_size": 2}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_a_run_goes_on_under_another_strategy_and_another_number_of_ranks(corpus, tmp_path, shared_cache):  # noqa: F811
+    """Shards of two ranks, then one process, then tensor parallel: as one process from beginning to end."""
+    _, expected = fit(tmp_path / "one", corpus, **SMALL, **{"trainer.max_steps": 9})
+    turns = (
+        TWO | {"trainer.strategy": "fsdp2", "trainer.max_steps": 3},
+        {"trainer.max_steps": 6},
+        {"trainer.strategy": "tp", "trainer.devices": 2, "trainer.max_steps": 9},
+    )
+    for turn in turns:
+        summary, found = fit(tmp_path / "turns", corpus, **(SMALL | turn | {"ckpt_path": "last"}))
+    assert summary["steps"] == 9 and sorted(found) == sorted(expected)
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=2e-6)
+    folders = [path for path in (tmp_path / "turns" / "checkpoints").glob("*.ckpt") if path.is_dir()]
+    assert folders and all(sharded_checkpoints.fault(path) is None for path in folders)
+    columns = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("one", "turns")]
+    steps = [[line.split(",")[columns[i][0].split(",").index("step")] for line in columns[i][1:]] for i in range(2)]
+    assert steps[0] == steps[1]
+
+
+def test_a_step_is_taken_up_in_its_middle(corpus, tmp_path, shared_cache):  # noqa: F811
+    """A validation between two micro-batches of a step saves the gradients so far."""
+    cut = {"trainer.accumulate_grad_batches": 2, "trainer.val_check_interval": 3, "trainer.max_steps": 3}
+    keep = {
+        "class_path": "ModelCheckpoint",
+        "init_args": {"every_n_train_steps": None, "save_top_k": -1, "monitor": None},
+    }
+    flags = SMALL | cut | {"trainer.callbacks+": json.dumps(keep)}
+    _, expected = fit(tmp_path / "whole", corpus, **(flags | TWO | {"trainer.strategy": "fsdp2"}))
+    middle = [path for path in (tmp_path / "whole" / "checkpoints").glob("*.ckpt") if (path / "meta.pt").exists()]
+    middle = [path for path in middle if "step_so_far" in sharded_checkpoints.rest_of(path)]
+    assert middle
+    for name, other in (("one", {}), ("two", TWO | {"trainer.strategy": "fsdp2"})):  # rows of a micro-batch, 4 and 2
+        _, found = fit(tmp_path / name, corpus, **(flags | other | {"ckpt_path": middle[0]}))
+        for weight in expected:
+            torch.testing.assert_close(found[weight], expected[weight], rtol=0, atol=2e-6)
+
+
+def test_an_adapter_of_a_sharded_model_is_merged_and_left_as_of_one_that_is_not(decoder, tmp_path, shared_cache):  # noqa: F811
+    rows = [{"instruction": f"say {word} {i}", "output": f"{word} it is"} for i in range(20) for word in ("no", "yes")]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"model.from": decoder, "data.path": tmp_path / "answers.jsonl", "data.val_fraction": 0.2}
+    flags |= {"model.adapter.rank": 2, "model.adapter.target_modules": "all-linear", "model.max_new_tokens": 3}
+    flags |= {"trainer.accelerator": "cpu", "trainer.precision": "32-true", "trainer.max_time": "null"}
+    flags |= {"trainer.max_epochs": -1, "trainer.max_steps": 4, "trainer.val_check_interval": 4}
+    found = {}
+    for name, more in (("one", {"data.batch_size": 4}), ("two", TWO | {"trainer.strategy": "fsdp2"})):
+        command = ["finetune.py", "fit", "--config", str(ROOT / "recipes" / "finetune_text_generation.yaml")]
+        command += [f"--{key}={value}" for key, value in (flags | more).items()]
+        command += [f"--trainer.default_root_dir={tmp_path / name}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command[0] = str(ROOT / "recipes" / command[0])
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = (tmp_path / name / part for part in ("model/model.safetensors", "adapter/adapter_model.safetensors"))
+        found[name] = {name: weight for file in files for name, weight in load_file(file).items()}
+    assert sorted(found["one"]) == sorted(found["two"])
+    for weight, expected in found["one"].items():
+        torch.testing.assert_close(found["two"][weight], expected, rtol=0, atol=2e-6)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, corpus, shared_cache) -> Path:  # noqa: F811
+    folder = tmp_path_factory.mktemp("shards")
+    fit(folder, corpus, **(SMALL | TWO | {"trainer.strategy": "fsdp2", "trainer.max_steps": 3}))
+    return checkpoint_io.newest(folder / "checkpoints")
+
+
+def test_a_damaged_part_is_found_and_passed_over(shards, tmp_path):
+    for name in ("good.ckpt", "flipped.ckpt", "unsealed.ckpt"):
+        shutil.copytree(shards, tmp_path / name)
+    part = next((tmp_path / "flipped.ckpt").glob("__0_*"))
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    (tmp_path / "unsealed.ckpt" / "sealed.json").unlink()
+    assert checkpoint_io.newest(tmp_path) == tmp_path / "good.ckpt"
+    for name in ("flipped.ckpt", "unsealed.ckpt"):
+        with pytest.raises(checkpoint_io.DamagedCheckpoint):
+            checkpoint_io.CheckpointFiles().load_checkpoint(tmp_path / name)
+
+
+class Harmful:
+    def __reduce__(self):
+        return (os.system, ("true",))
+
+
+def test_code_in_a_shards_description_is_never_run(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "harmful.ckpt")
+    (tmp_path / "harmful.ckpt" / ".metadata").write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(ValueError, match="code is never run"):
+        sharded_checkpoints.contents(tmp_path / "harmful.ckpt")
+
+
+def test_shards_in_bf16_are_masters_in_float32(corpus, tmp_path, shared_cache):  # noqa: F811
+    flags = SMALL | TWO | {"trainer.precision": "bf16-true", "trainer.max_steps": 6}
+    ddp, _ = fit(tmp_path / "ddp", corpus, **flags, **{"trainer.strategy": "ddp"})
+    fsdp2, weights = fit(tmp_path / "fsdp2", corpus, **flags, **{"trainer.strategy": "fsdp2"})
+    assert fsdp2["val_loss"] == pytest.approx(ddp["val_loss"], rel=2e-3)
+    assert torch.tensor(fsdp2["val_loss"]).bfloat16().double() != fsdp2["val_loss"]  # metrics are not rounded
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    path = checkpoint_io.newest(tmp_path / "fsdp2" / "checkpoints")
+    assert {dtype for _, dtype in sharded_checkpoints.contents(path).values()} == {torch.float32}
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            {"trainer.strategy": "tp", "model.architecture.num_attention_heads": 3},
+            "num_attention_heads=3, which 2 ranks",
+        ),
+        ({"trainer.strategy": "tp", "model.architecture": "transformers.GPT2Config"}, "no plan for tensor parallel of"),
+    ],
+)
+def test_what_cannot_be_sharded_is_one_line(flags, told, corpus, tmp_path, shared_cache):  # noqa: F811
+    chosen = {"model.architecture.hidden_size": 24} | {"trainer.devices": 2} | flags
+    with pytest.raises(AssertionError, match=told):
+        fit(tmp_path, corpus, **chosen)
