@@ -157,8 +157,8 @@ MUTANTS = (
         "K1",
         "the comparison on loading",
         FILES,
-        "        verify(Path(path))\n        try:\n            # Tensors",
-        "        try:\n            # Tensors",
+        "        verify(Path(path))\n        if Path(path).is_dir():",
+        "        if Path(path).is_dir():",
         "tests/test_checkpoint_io.py -k found",
     ),
     Mutant(
@@ -213,8 +213,8 @@ MUTANTS = (
         "K4",
         "keeping what was saved before",
         FILES,
-        "        if self._failed:\n            return\n",
-        "",
+        "        if not self._failed:\n            remove(",
+        "        if True:\n            remove(",
         "tests/test_checkpoint_io.py -k disk_is_full",
     ),
     Mutant(
@@ -261,7 +261,7 @@ MUTANTS = (
         "N1",
         "the look at a checkpoint's numbers",
         FILES,
-        "        if tensor.is_floating_point() and not (tensor < torch.inf).all():",
+        "        if tensor.is_floating_point() and not (local(tensor) < torch.inf).all():",
         "        if False:",
         "tests/test_checkpoint_io.py -k not_finite",
     ),
@@ -525,8 +525,10 @@ MUTANTS = (
         "S6",
         "the best weights on every rank",
         "lightning_modules/callbacks/report.py",
-        "        restore_best(trainer, module)\n        if not trainer.is_global_zero:\n            return\n",
-        "        if not trainer.is_global_zero:\n            return\n        restore_best(trainer, module)\n",
+        "        restore_best(trainer, module)\n        weights = whole_weights(module.network) if module.is_sharded else None\n"
+        "        if not trainer.is_global_zero:\n            return\n",
+        "        weights = None\n        if not trainer.is_global_zero:\n            return\n"
+        "        restore_best(trainer, module)\n",
         "tests/test_distillation.py -k two_ranks",
     ),
     Mutant(
