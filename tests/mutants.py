@@ -525,7 +525,8 @@ MUTANTS = (
         "S6",
         "the best weights on every rank",
         "lightning_modules/callbacks/report.py",
-        "        restore_best(trainer, module)\n        weights = whole_weights(module.network) if module.is_sharded else None\n"
+        "        restore_best(trainer, module)\n"
+        "        weights = whole_weights(module.network) if module.is_sharded else None\n"
         "        if not trainer.is_global_zero:\n            return\n",
         "        weights = None\n        if not trainer.is_global_zero:\n            return\n"
         "        restore_best(trainer, module)\n",
