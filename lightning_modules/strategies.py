@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -46,6 +46,10 @@ class Sharded(ModelParallelStrategy):
         if mesh["data_parallel"].size() > 1 or mesh["tensor_parallel"].size() == 1 or in_bf16:
             shard(network, mesh["data_parallel"], torch.bfloat16 if in_bf16 else None)
         self._partial = [parameter for module in partial for parameter in module.parameters()]
+
+    def share_out(self, network: PreTrainedModel) -> None:
+        """Has each rank keep a part of a network that is only asked, by all of them together."""
+        shard(network, init_device_mesh(self.root_device.type, (self.world_size,)))
 
     @torch.no_grad()
     def complete(self, parameters: list[nn.Parameter]) -> None:

@@ -127,9 +127,10 @@ class Taught(ScheduledStep):
         return self.learns_from_teachers
 
     def load_teachers(self) -> None:
+        strategy = self.trainer.strategy
         for teacher in self.teachers:
             if teacher.network is None:
-                teacher.load(self.trainer.strategy.root_device)
+                teacher.load(strategy.root_device, strategy.share_out if self.is_sharded else None)
 
     def configure_model(self) -> None:
         if self.network is not None:

@@ -71,14 +71,17 @@ class Teacher:
             raise ValueError(f"{self.flag} {self.folder} lacks {lacking}; pass a trained one")
         return network
 
-    def load(self, device: torch.device) -> None:
-        """Makes it ready to be asked, in the cheapest precision that keeps its distribution."""
+    def load(self, device: torch.device, share_out: Callable[[PreTrainedModel], None] | None = None) -> None:
+        """Makes it ready to be asked, in the cheapest precision that keeps its distribution; by `share_out` each rank
+        keeps a part of it."""
         self.network = self.read().to(device).eval().requires_grad_(False)
         self.bf16_nats = self._cost_of_bf16() if hardware.best_precision(device.type).startswith("bf16") else None
         if self.bf16_nats is not None and self.bf16_nats <= KEPT:
             self.network.bfloat16()
             if device.type == "cpu":
                 self.kernels = cpu_kernels.install(self.network)
+        if share_out is not None:
+            share_out(self.network)
 
     @cached_property
     def digest(self) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch.distributed.fsdp import FSDPModule
 from transformers import BertConfig, LlamaConfig, Qwen3Config, T5Config
 
 from datamodules.instructions import Instructions
@@ -20,6 +21,7 @@ from lightning_modules.classification import Classification
 from lightning_modules.distillation import CausalDistillation
 from lightning_modules.inner_signals import InnerSignals
 from lightning_modules.pretrain import CausalLM, MaskedLM, SpanDenoising
+from lightning_modules.shards import local
 from lightning_modules.text_generation import TextGeneration
 
 ROWS, STEPS = 8, 50
@@ -88,6 +90,15 @@ class Losses(Callback):
         self.found.append((float(module.step_loss), float(module.step_grad_norm)))
 
 
+def kept(module: LightningModule) -> list[float]:
+    """Which part of the network this rank has, and of its teacher."""
+    networks = [module.network, *(teacher.network for teacher in getattr(module, "teachers", []))]
+    for part in (part for network in networks for part in network.modules() if isinstance(part, FSDPModule)):
+        part.reshard()  # what lies outside of all layers stays gathered after a validation
+    weights = [list(network.parameters()) for network in networks]
+    return [sum(local(p).numel() for p in some) / sum(p.numel() for p in some) for some in weights]
+
+
 def main(job: dict) -> None:
     found = {}
     for strategy, recipe in job["cases"]:
@@ -112,7 +123,7 @@ def main(job: dict) -> None:
         module, data = RECIPES[recipe](job, ROWS // groups)
         trainer.fit(module, data)
         val = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        found[f"{strategy} {recipe}"] = {"steps": losses.found, "val": val}
+        found[f"{strategy} {recipe}"] = {"steps": losses.found, "val": val, "kept": kept(module)}
         if trainer.is_global_zero:
             print(strategy, recipe, losses.found[-1], val, flush=True)
             Path(job["file"]).write_text(json.dumps(found))

@@ -77,6 +77,15 @@ def test_every_strategy_trains_as_one_process_does(case, found):
     assert ours["val"] == pytest.approx(theirs["val"], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "kept"),
+    [("auto", [1, 1]), ("ddp", [1, 1]), ("fsdp2", [0.5, 0.5]), ("tp", [0.92, 0.5]), ("fsdp2_tp", [0.46, 0.25])],
+)
+def test_each_rank_keeps_a_part_of_the_network_and_of_its_teacher(strategy, kept, found):
+    """Tensor parallel leaves embeddings and head whole, which are most of a small model."""
+    assert found[f"{strategy} distilled"]["kept"] == pytest.approx(kept, abs=0.01)
+
+
 # Checkpoints
 
 SMALL = {
