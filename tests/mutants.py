@@ -40,7 +40,57 @@ STEP, RECOVERY = "lightning_modules/exact_step.py", "lightning_modules/callbacks
 FILES, GUARD = "lightning_modules/checkpoint_io.py", "lightning_modules/callbacks/guard.py"
 ORDERED, TRACKING, CLI = "datamodules/ordered.py", "lightning_modules/tracking.py", "lightning_modules/cli.py"
 
+STRATEGIES = "lightning_modules/strategies.py"
+
 MUTANTS = (
+    Mutant(
+        "M1",
+        "the copies of what several ranks have",
+        "lightning_modules/shards.py",
+        "    return ranks // math.prod(size for size, place in places if not place.is_replicate())",
+        "    return 1",
+        "tests/test_strategies.py -k every_strategy",
+    ),
+    Mutant(
+        "M1",
+        "the gradients of other ranks' heads",
+        STRATEGIES,
+        '            dist.all_reduce(local(parameter.grad), group=self.device_mesh["tensor_parallel"].get_group())\n',
+        "            pass\n",
+        "tests/test_strategies.py -k normed_heads",
+    ),
+    Mutant(
+        "M1",
+        "counting rows once",
+        STRATEGIES,
+        '        return self.device_mesh["tensor_parallel"].get_local_rank() == 0',
+        "        return True",
+        "tests/test_strategies.py -k every_strategy",
+    ),
+    Mutant(
+        "M1",
+        "sharing out the teacher",
+        STRATEGIES,
+        "        shard(network, init_device_mesh(self.root_device.type, (self.world_size,)))",
+        "        pass",
+        "tests/test_strategies.py -k keeps_a_part",
+    ),
+    Mutant(
+        "M2",
+        "the look at a shard's checksum",
+        "lightning_modules/sharded_checkpoints.py",
+        "            if sha256(folder / name) != digest:",
+        "            if False:",
+        "tests/test_strategies.py -k damaged_part",
+    ),
+    Mutant(
+        "M2",
+        "the divisor of a step that was begun",
+        STEP,
+        "        if self._divisor_so_far != self._divisor:",
+        "        if False:",
+        "tests/test_strategies.py -k in_its_middle",
+    ),
     Mutant(
         "R1",
         "a checkpoint of the end",
