@@ -41,7 +41,8 @@ def numbered(found: Named, optimizer: Optimizer, names: list[str]) -> dict[str, 
 
 
 def number_when_loaded(optimizer: Optimizer, module: nn.Module) -> None:
-    """Lets an optimizer load what is by name, too."""
+    """Lets an optimizer load what is by name, too; one with masters does it itself, by its `names`."""
+    optimizer.names = names_of(optimizer, module)
 
     def convert(optimizer: Optimizer, state_dict: dict[str, object]) -> dict[str, object] | None:
         return numbered(state_dict, optimizer, names_of(optimizer, module)) if BY_NAME in state_dict else None

@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.adamw import adamw as adamw_update
 
 from lightning_modules import hardware
+from lightning_modules.named_optimizer import BY_NAME, numbered
 from lightning_modules.shards import local, part_of, sharded, whole
 
 # Coefficients (a, b, c) of the odd polynomials a·X + b·(XXᵀ)X + c·(XXᵀ)²X, one an iteration, that bring all singular
@@ -203,6 +204,8 @@ class Float32Master(Optimizer):
 
     def __init__(self, groups: list[dict], optimizer: Callable[[list[dict]], Optimizer]):
         self.parameters = [p for group in groups for p in group["params"]]
+        self.names: list[str] = []
+        """Of the parameters, where somebody has said them."""
         masters = {p: nn.Parameter(p.detach().float()) for p in self.parameters}
         self.optimizer = optimizer([group | {"params": [masters[p] for p in group["params"]]} for group in groups])
         self.masters = [masters[p] for p in self.parameters]
@@ -246,6 +249,9 @@ class Float32Master(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
+        if BY_NAME in state_dict:  # of a sharded run, whose weights are what masters are
+            masters = [state_dict["weights"][name] for name in self.names]
+            state_dict = {"optimizer": numbered(state_dict, self.optimizer, self.names), "masters": masters}
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
         torch._foreach_copy_(self.masters, state_dict["masters"])

@@ -110,8 +110,9 @@ class Sharded(ModelParallelStrategy):
         weights = dict(self.lightning_module.named_parameters())
         for name, (shape, dtype) in there.items():
             if self.optimizers and name.startswith("optimizer."):
-                weight = weights[name.removeprefix("optimizer.").partition("::")[0]]
-                tensors[name] = empty_like(weight, shape, dtype)
+                weight = name.removeprefix("optimizer.").partition("::")[0]
+                self._require_weights(path, [] if weight in weights else [f"a place for {weight}"])
+                tensors[name] = empty_like(weights[weight], shape, dtype)
         sharded_checkpoints.load_into(path, tensors)
         if self.optimizers:
             states = {name.removeprefix("optimizer."): tensor for name, tensor in tensors.items()}

@@ -207,6 +207,33 @@ def test_code_in_a_shards_description_is_never_run(call, argument, shards, tmp_p
         sharded_checkpoints.contents(tmp_path / "harmful.ckpt")
 
 
+def test_masters_of_one_process_are_the_shards_of_two(corpus, tmp_path, shared_cache):  # noqa: F811
+    """In bf16, from one to the other and back: both kinds of checkpoint hold the same float32 numbers."""
+    flags = SMALL | {"trainer.precision": "bf16-true"}
+    one, two = {}, TWO | {"trainer.strategy": "fsdp2"}
+    for name, first, then in (("shards", two, one), ("masters", one, two)):
+        fit(tmp_path / name, corpus, **(flags | first | {"trainer.max_steps": 3}))
+        before = checkpoint_io.newest(tmp_path / name / "checkpoints")
+        held = {weight: t.clone() for weight, t in float32_weights(before).items()}
+        fit(tmp_path / f"{name}_next", corpus, **(flags | then | {"trainer.max_steps": 4, "model.optimizer.lr": 0.0}),
+            **{"ckpt_path": before, "model.optimizer.weight_decay": 0.0})  # fmt: skip
+        after = float32_weights(checkpoint_io.newest(tmp_path / f"{name}_next" / "checkpoints"))
+        assert sorted(held) == sorted(after)
+        far = max(float((after[weight] - held[weight]).abs().max()) for weight in held)
+        rounding = max(float((held[weight].bfloat16().float() - held[weight]).abs().max()) for weight in held)
+        assert rounding > 1e-4
+        print(name, far, rounding)
+
+
+def float32_weights(path: Path) -> dict[str, torch.Tensor]:
+    """What a checkpoint goes on from."""
+    checkpoint = checkpoint_io.CheckpointFiles().load_checkpoint(path)
+    found = {name: weight for name, weight in checkpoint["state_dict"].items() if weight.is_floating_point()}
+    if path.is_file():
+        found |= dict(zip(checkpoint["optimizer_names"], checkpoint["optimizer_states"][0]["masters"], strict=True))
+    return found
+
+
 def test_shards_in_bf16_are_masters_in_float32(corpus, tmp_path, shared_cache):  # noqa: F811
     flags = SMALL | TWO | {"trainer.precision": "bf16-true", "trainer.max_steps": 6}
     ddp, _ = fit(tmp_path / "ddp", corpus, **flags, **{"trainer.strategy": "ddp"})
