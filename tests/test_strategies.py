@@ -208,21 +208,20 @@ def test_code_in_a_shards_description_is_never_run(call, argument, shards, tmp_p
 
 
 def test_masters_of_one_process_are_the_shards_of_two(corpus, tmp_path, shared_cache):  # noqa: F811
-    """In bf16, from one to the other and back: both kinds of checkpoint hold the same float32 numbers."""
+    """In bf16, from one to the other: what goes on in tiny steps is what there was, to more than bf16's digits."""
     flags = SMALL | {"trainer.precision": "bf16-true"}
     one, two = {}, TWO | {"trainer.strategy": "fsdp2"}
     for name, first, then in (("shards", two, one), ("masters", one, two)):
         fit(tmp_path / name, corpus, **(flags | first | {"trainer.max_steps": 3}))
         before = checkpoint_io.newest(tmp_path / name / "checkpoints")
         held = {weight: t.clone() for weight, t in float32_weights(before).items()}
-        fit(tmp_path / f"{name}_next", corpus, **(flags | then | {"trainer.max_steps": 4, "model.optimizer.lr": 0.0}),
-            **{"ckpt_path": before, "model.optimizer.weight_decay": 0.0})  # fmt: skip
+        still = {"model.schedule.warmup_steps": 1_000_000, "trainer.max_steps": 4, "ckpt_path": before}
+        fit(tmp_path / f"{name}_next", corpus, **(flags | then | still))
         after = float32_weights(checkpoint_io.newest(tmp_path / f"{name}_next" / "checkpoints"))
         assert sorted(held) == sorted(after)
         far = max(float((after[weight] - held[weight]).abs().max()) for weight in held)
         rounding = max(float((held[weight].bfloat16().float() - held[weight]).abs().max()) for weight in held)
-        assert rounding > 1e-4
-        print(name, far, rounding)
+        assert rounding > 1e-4 and far < 1e-6
 
 
 def float32_weights(path: Path) -> dict[str, torch.Tensor]:
