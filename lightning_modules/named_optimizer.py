@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 BY_NAME = "by_name"
+APART = "a tensor that stands apart"
 Named = dict[str, object]
 """{"by_name": True, "state": {weight: {key: value}}, "groups": [{"params": [weights], setting: value}]}"""
 
@@ -61,9 +62,9 @@ def tensors_of(found: Named) -> dict[str, Tensor]:
 
 
 def filled(found: Named, tensors: dict[str, Tensor]) -> Named:
-    """A state of which the tensors are elsewhere, None in their places."""
+    """A state of which the tensors stood apart, APART in their places."""
     states = {
-        name: {key: tensors[f"{name}::{key}"] if value is None else value for key, value in state.items()}
+        name: {key: tensors[f"{name}::{key}"] if value == APART else value for key, value in state.items()}
         for name, state in found["state"].items()
     }
     return found | {"state": states}

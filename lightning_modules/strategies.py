@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from lightning_modules import sharded_checkpoints
 from lightning_modules.checkpoint_io import CheckpointFiles, replace_folder, require_finite
-from lightning_modules.named_optimizer import Named, filled, named, names_of, tensors_of, with_tensors
+from lightning_modules.named_optimizer import APART, Named, filled, named, names_of, tensors_of, with_tensors
 from lightning_modules.precision import BF16Shards
 from lightning_modules.shards import empty_like, local, part_of, sharded
 
@@ -87,7 +87,7 @@ class Sharded(ModelParallelStrategy):
         rest = dict(checkpoint)
         if optimizers:
             tensors |= {f"optimizer.{name}": tensor for name, tensor in tensors_of(optimizers[0]).items()}
-            rest["optimizer"] = with_tensors(optimizers[0], lambda *_: None)
+            rest["optimizer"] = with_tensors(optimizers[0], lambda *_: APART)
         if self.is_global_zero:
             shutil.rmtree(temporary, ignore_errors=True)
         self.barrier()
