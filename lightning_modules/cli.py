@@ -14,6 +14,7 @@ import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -245,14 +246,12 @@ class RecipeCLI(LightningCLI):
         elif self.subcommand != "fit":
             settings["logger"] = False
         plugins = [*(trainer.plugins or [])]
-        if "FSDPStrategy" not in str(trainer.strategy) and trainer.strategy != "fsdp":  # which writes in its own way
+        kind = kind_of(trainer.strategy)
+        if kind != "other":  # which write in their own way
             plugins.append(CheckpointFiles())
-        if trainer.precision == "bf16-true" and trainer.strategy in ("auto", "ddp"):
+        if trainer.precision == "bf16-true" and kind != "other":
             settings["precision"] = None
-            plugins.append(BF16Weights())
-        elif trainer.precision == "bf16-true" and trainer.strategy in NAMES:
-            settings["precision"] = None
-            plugins.append(BF16Shards())
+            plugins.append(BF16Weights() if kind == "whole" else BF16Shards())
         settings["plugins"] = plugins
         for callback in self._get(self.config_init, "trainer")["callbacks"] or []:
             # Without this the checkpoints would land in the folder of a logger.
@@ -276,6 +275,14 @@ class RecipeCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         if self.subcommand != "fit" and not self.config[self.subcommand].get("ckpt_path", "none needed"):
             print("no --ckpt_path given: these are the numbers of freshly initialised weights", file=sys.stderr)
+
+
+def kind_of(strategy: object) -> Literal["whole", "sharded", "other"]:
+    """What a rank has of the network, for what --trainer.strategy says: a name, or a class with its arguments."""
+    name = str(getattr(strategy, "class_path", strategy)).rpartition(".")[2]
+    if name in {*NAMES, *(found.__name__ for found in NAMES.values())}:
+        return "sharded"
+    return "whole" if name == "auto" or name.lower().startswith("ddp") else "other"
 
 
 def _objective(model: object) -> str:

@@ -70,12 +70,17 @@ class ExactStep(LightningModule):
 
     def _gathered(self) -> dict[str, Tensor]:
         """(ranks, …) each: gradients and sums so far; of sharded weights (1, …), the sum over all ranks."""
-        gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-        if is_sharded(gradients.values()):
+        weights = {name: p for name, p in self.named_parameters() if p.grad is not None}
+        strategy = self.trainer.strategy
+        if isinstance(strategy, Sharded):
             ranks = self.trainer.datamodule.rank_and_ranks[1]  # over which FSDP2 has taken the mean
-            sums = self.trainer.strategy.reduce(self._sums * self.counts_its_rows, reduce_op="sum")
-            return {name: (whole(g) * ranks)[None] for name, g in gradients.items()} | {"sums": sums[None]}
-        gathered = self.all_gather(gradients | {"sums": self._sums})
+            found = {"sums": strategy.reduce(self._sums * self.counts_its_rows, reduce_op="sum")[None]}
+            for name, parameter in weights.items():
+                gradient = parameter.grad.clone()
+                strategy.complete(parameter, gradient)
+                found[name] = (whole(gradient) * ranks)[None]
+            return found
+        gathered = self.all_gather({name: p.grad for name, p in weights.items()} | {"sums": self._sums})
         if self.trainer.world_size == 1:
             gathered = {name: value[None] for name, value in gathered.items()}
         return gathered
@@ -109,12 +114,15 @@ class ExactStep(LightningModule):
         if self._divisor_so_far != self._divisor:  # of micro-batches of another size
             factor = self._divisor_so_far / self._divisor
             so_far = {name: value if name == "sums" else value * factor for name, value in so_far.items()}
-        if is_sharded(self.parameters()):
+        strategy = self.trainer.strategy
+        if isinstance(strategy, Sharded):
             ranks = self.trainer.datamodule.rank_and_ranks[1]
             self._sums = so_far["sums"].sum(0).to(self.device) * (mine == 0)
             for name, parameter in self.named_parameters():
                 if name in so_far:
                     mean = so_far[name].sum(0).to(parameter.dtype) / ranks
+                    if strategy.is_partial(parameter):  # which adds them up once more
+                        mean = mean / (self.trainer.world_size // ranks)
                     parameter.grad = sharded(part_of(mean, parameter).clone().to(parameter.device), parameter)
             return
         if len(so_far["sums"]) != self.trainer.world_size:  # only their sum over all ranks counts
@@ -258,7 +266,8 @@ class ExactStep(LightningModule):
             self._parameters_in_order = list(self.parameters())
         self._stepped = [p for p in self._parameters_in_order if p.grad is not None]
         if isinstance(self.trainer.strategy, Sharded):
-            self.trainer.strategy.complete(self._stepped)
+            for parameter in self._stepped:
+                self.trainer.strategy.complete(parameter, parameter.grad)
         gradients = [local(p.grad) for p in self._stepped]
         pieces = [piece for gradient in gradients for piece in in_pieces(gradient)]
         norms = torch.stack(torch._foreach_norm(pieces, 2, torch.float32))

@@ -128,6 +128,8 @@ class FineTune(ScheduledStep):
                 "a callback adds weights to the optimizer in the middle of the run, which the float32 masters of "
                 "bf16-true do not follow; pass --trainer.precision bf16-mixed or 32-true"
             )
+        if self.is_sharded and self.adapter is not None and self.adapter.bits is not None:
+            raise ValueError("--model.adapter.bits is for weights that a rank has whole; take --trainer.strategy ddp")
         fields = self.head_fields()
         if data.has_answers:
             self._require_monitors()
@@ -223,12 +225,14 @@ class FineTune(ScheduledStep):
         return self.network if self.adapter is None else self.network.base_model.model
 
     def unsharded(self, weights: dict[str, Tensor]) -> torch.nn.Module:
+        if self.adapter is None:
+            return super().unsharded(weights)
         with torch.random.fork_rng(devices=[]):
-            network = self.new_network(self.auto_class, self.head_fields())
-            network.config.pad_token_id = self.trainer.datamodule.pad_id
-            if self.adapter is not None:
-                network = self.adapter.added_to(network, self.auto_class, self.new_parts)
+            plain = self.auto_class.from_config(self.plain_network.config)
+            network = self.adapter.added_to(plain, self.auto_class, self.new_parts)
         network.load_state_dict(weights)
+        if plain.can_generate():
+            plain.generation_config = self.plain_network.generation_config
         return network
 
     def exported(self) -> PreTrainedModel:

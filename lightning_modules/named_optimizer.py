@@ -15,10 +15,11 @@ Named = dict[str, object]
 
 
 def names_of(optimizer: Optimizer, module: nn.Module) -> list[str]:
-    """Of its weights, in the order of their numbers; of masters those of what they are the masters of."""
+    """Of its weights, in the order of their numbers, of masters those of what they are the masters of; "" for one that
+    is none of the module's."""
     found = {id(p): name for name, p in module.named_parameters()}
-    weights = getattr(optimizer, "parameters", None) or (p for group in optimizer.param_groups for p in group["params"])
-    return [found[id(p)] for p in weights]
+    all_of_groups = [p for group in optimizer.param_groups for p in group["params"]]
+    return [found.get(id(p), "") for p in getattr(optimizer, "mastered", all_of_groups)]
 
 
 def named(state_dict: dict[str, object], names: list[str]) -> Named:
@@ -42,11 +43,17 @@ def numbered(found: Named, optimizer: Optimizer, names: list[str]) -> dict[str, 
 
 
 def number_when_loaded(optimizer: Optimizer, module: nn.Module) -> None:
-    """Lets an optimizer load what is by name, too; one with masters does it itself, by its `names`."""
-    optimizer.names = names_of(optimizer, module)
+    """Lets an optimizer load what is by name, too."""
 
     def convert(optimizer: Optimizer, state_dict: dict[str, object]) -> dict[str, object] | None:
-        return numbered(state_dict, optimizer, names_of(optimizer, module)) if BY_NAME in state_dict else None
+        if BY_NAME not in state_dict:
+            return None
+        names = names_of(optimizer, module)
+        found = numbered(state_dict, optimizer, names)
+        if not hasattr(optimizer, "mastered"):
+            return found
+        # Of a sharded run, whose weights are what masters are.
+        return {"optimizer": found, "masters": [state_dict["weights"][name] for name in names]}
 
     optimizer.register_load_state_dict_pre_hook(convert)
 

@@ -12,7 +12,6 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.adamw import adamw as adamw_update
 
 from lightning_modules import hardware
-from lightning_modules.named_optimizer import BY_NAME, numbered
 from lightning_modules.shards import local, part_of, sharded, whole
 
 # Coefficients (a, b, c) of the odd polynomials a·X + b·(XXᵀ)X + c·(XXᵀ)²X, one an iteration, that bring all singular
@@ -203,12 +202,10 @@ class Float32Master(Optimizer):
     """
 
     def __init__(self, groups: list[dict], optimizer: Callable[[list[dict]], Optimizer]):
-        self.parameters = [p for group in groups for p in group["params"]]
-        self.names: list[str] = []
-        """Of the parameters, where somebody has said them."""
-        masters = {p: nn.Parameter(p.detach().float()) for p in self.parameters}
+        self.mastered = [p for group in groups for p in group["params"]]
+        masters = {p: nn.Parameter(p.detach().float()) for p in self.mastered}
         self.optimizer = optimizer([group | {"params": [masters[p] for p in group["params"]]} for group in groups])
-        self.masters = [masters[p] for p in self.parameters]
+        self.masters = [masters[p] for p in self.mastered]
         on_cpu = all(master.device.type == "cpu" for master in self.masters)
         few = sum(master.numel() for master in self.masters) <= 2 * PART
         # Blocks above 32 MiB are given back to the kernel, which zeroes them anew at each step: 14 ms for 22.7 million
@@ -227,7 +224,7 @@ class Float32Master(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         kept = self.gradients or [None] * len(self.masters)
-        both = zip(self.parameters, self.masters, kept, strict=True)
+        both = zip(self.mastered, self.masters, kept, strict=True)
         pairs = [(p, (master, gradient)) for p, master, gradient in both if p.grad is not None]
         for part in _parts(pairs) if _steps_each_alone(self.optimizer) and self.gradients is None else [pairs]:
             # Each gradient lives once: as float32 during its step, and not at all until the next backward.
@@ -241,7 +238,7 @@ class Float32Master(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for tensor in chain(self.parameters, self.masters):
+        for tensor in chain(self.mastered, self.masters):
             tensor.grad = None
 
     def state_dict(self) -> dict:
@@ -249,13 +246,12 @@ class Float32Master(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        if BY_NAME in state_dict:  # of a sharded run, whose weights are what masters are
-            masters = [state_dict["weights"][name] for name in self.names]
-            state_dict = {"optimizer": numbered(state_dict, self.optimizer, self.names), "masters": masters}
+        for convert in self._optimizer_load_state_dict_pre_hooks.values():  # as torch's own calls them
+            state_dict = convert(self, state_dict) or state_dict
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
         torch._foreach_copy_(self.masters, state_dict["masters"])
-        torch._foreach_copy_(self.parameters, self.masters)
+        torch._foreach_copy_(self.mastered, self.masters)
 
 
 def _steps_each_alone(optimizer: Optimizer) -> bool:

@@ -7,6 +7,8 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+import torch.distributed as dist
+
 from lightning_modules import checkpoint_io
 
 RUN_FOLDER = "LIGHTNING_LM_RUN_FOLDER"
@@ -15,18 +17,27 @@ RUN_FOLDER = "LIGHTNING_LM_RUN_FOLDER"
 
 def run_folder(recipe: str, chosen: str | None) -> Path:
     """Makes and returns the folder of a run: the chosen one, or runs/<recipe>-<date>-<time>."""
-    folder = Path(chosen or os.environ.get(RUN_FOLDER) or f"runs/{recipe}-{datetime.now():%Y%m%d-%H%M%S}")
+    folder = Path(chosen or os.environ.get(RUN_FOLDER) or f"runs/{recipe}-{moment()}")
     if not chosen:
         os.environ[RUN_FOLDER] = str(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)  # another rank may have been here
     except OSError as error:
         raise PermissionError(
             f"cannot write to {folder} ({error.strerror}); pass another --trainer.default_root_dir"
         ) from error
     return folder
+
+
+def moment() -> str:
+    """Date and time; of the ranks that torchrun starts, each with a clock of its own, that of one of them."""
+    now = f"{datetime.now():%Y%m%d-%H%M%S}"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return now
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return store.compare_set(f"moment of attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", "", now).decode()
 
 
 @contextmanager

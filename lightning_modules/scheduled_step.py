@@ -66,6 +66,8 @@ class ScheduledStep(ExactStep):
 
     def make_fast(self, network: PreTrainedModel) -> None:
         """Shards of a strategy that has them, kernels on a CPU, torch.compile on a GPU, in place."""
+        if self.is_sharded and self.l1:
+            raise ValueError("--model.l1 sums whole weights, which no rank has; take --trainer.strategy ddp for it")
         if self.is_sharded:
             self.trainer.strategy.parallelize(network)
         on_cpu = self.trainer.strategy.root_device.type == "cpu"
@@ -96,7 +98,8 @@ class ScheduledStep(ExactStep):
         with torch.device("meta"):
             network = self.auto_class.from_config(self.network.config)
         network.load_state_dict(weights, assign=True)
-        network.generation_config = self.network.generation_config
+        if network.can_generate():
+            network.generation_config = self.network.generation_config
         network.tie_weights()
         return network
 

@@ -30,23 +30,21 @@ ALLOWED = {
 """Of what DCP's own description of tensors is made; none of it runs anything."""
 
 
-def save(folder: Path, tensors: dict[str, Tensor], rest: dict[str, object]) -> None:
-    """Writes the parts that this rank has; all ranks call it with a folder that does not exist, and wait."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    if rank == 0:
-        folder.mkdir(parents=True)
-    dist.barrier()
+def write(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """The parts that this rank has; all ranks call it together."""
     dcp.save(tensors, checkpoint_id=folder)
-    mine = {file.name: sha256(file) for file in folder.glob(f"__{rank}_*")}
-    found: list[dict[str, str]] = [{}] * ranks
-    dist.all_gather_object(found, mine)
-    if rank:
-        return
+
+
+def sums_of(folder: Path, rank: int) -> dict[str, str]:
+    """The SHA-256 of the files that a rank has written."""
+    return {file.name: sha256(file) for file in folder.glob(f"__{rank}_*")}
+
+
+def seal(folder: Path, rest: dict[str, object], sums: dict[str, str]) -> None:
+    """Writes what is no tensor, and then the sums of all files."""
     torch.save(rest, folder / META)
-    sums = {name: digest for of_rank in found for name, digest in of_rank.items()}
-    sums |= {name: sha256(folder / name) for name in (META, ".metadata")}
-    seal = {"step": rest.get("global_step", 0), "sha256": sums}
-    (folder / SEAL).write_text(json.dumps(seal, indent=1))
+    sums = sums | {name: sha256(folder / name) for name in (META, ".metadata")}
+    (folder / SEAL).write_text(json.dumps({"step": rest.get("global_step", 0), "sha256": sums}, indent=1))
 
 
 def fault(folder: Path) -> str | None:

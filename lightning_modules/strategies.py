@@ -7,8 +7,10 @@ are whole on each of the latter.
 
 import re
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping
+import sys
+from collections import ChainMap, Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -24,7 +27,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lightning_modules import sharded_checkpoints
-from lightning_modules.checkpoint_io import CheckpointFiles, replace_folder, require_finite
+from lightning_modules.checkpoint_io import CheckpointFiles, bytes_of_tensors, remove, replace_folder, require_finite
 from lightning_modules.named_optimizer import APART, Named, filled, named, names_of, tensors_of, with_tensors
 from lightning_modules.precision import BF16Shards
 from lightning_modules.shards import empty_like, local, part_of, sharded
@@ -35,33 +38,43 @@ SUMMED = "replicated_with_grad_allreduce"
 """Of transformers' plans: a weight that is whole, of which each rank has the gradient of its heads."""
 
 
+NO_SPACE = re.compile(r"No space left|File too large|[Qq]uota exceeded|unexpected pos")
+"""What a write that fails says; the last is torch's writer, on its way out of one."""
+
+
 class Sharded(ModelParallelStrategy):
     """A subclass says how many ranks see the same rows."""
+
+    _failed = False
+    """Whether the last checkpoint found no space."""
 
     def parallelize(self, network: PreTrainedModel) -> None:
         """Shards a network, in place. Raises ValueError for an architecture that cannot be."""
         mesh = self.device_mesh
-        partial = split_layers(network, mesh["tensor_parallel"]) if mesh["tensor_parallel"].size() > 1 else []
+        by_heads = split_layers(network, mesh["tensor_parallel"]) if mesh["tensor_parallel"].size() > 1 else []
         in_bf16 = isinstance(self.precision_plugin, BF16Shards)
         if mesh["data_parallel"].size() > 1 or mesh["tensor_parallel"].size() == 1 or in_bf16:
             shard(network, mesh["data_parallel"], torch.bfloat16 if in_bf16 else None)
-        self._partial = [parameter for module in partial for parameter in module.parameters()]
+        self._partial = {id(parameter) for module in by_heads for parameter in module.parameters()}
 
     def share_out(self, network: PreTrainedModel) -> None:
         """Has each rank keep a part of a network that is only asked, by all of them together."""
         shard(network, init_device_mesh(self.root_device.type, (self.world_size,)))
 
+    def is_partial(self, parameter: nn.Parameter) -> bool:
+        """Whether a weight is whole while each rank has the gradient of heads of its own."""
+        return id(parameter) in self._partial
+
     @torch.no_grad()
-    def complete(self, parameters: list[nn.Parameter]) -> None:
-        """Gradients of which a rank has a part that no other strategy adds up, in place: of weights that are whole
-        while each rank has heads of its own, and of weights that stand beside the network."""
+    def complete(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Adds up, in place, what neither FSDP2 nor tensor parallel does: of partial gradients, and of weights that
+        stand beside the network, whose mean over the rows is taken as FSDP2 takes it."""
         rows = self.device_mesh["data_parallel"]
-        for parameter in self._partial:
-            dist.all_reduce(local(parameter.grad), group=self.device_mesh["tensor_parallel"].get_group())
-        for parameter in parameters:
-            if rows.size() > 1 and not isinstance(parameter, DTensor):
-                dist.all_reduce(parameter.grad, group=rows.get_group())
-                parameter.grad /= rows.size()
+        if self.is_partial(parameter):
+            dist.all_reduce(local(gradient), group=self.device_mesh["tensor_parallel"].get_group())
+        if rows.size() > 1 and not isinstance(parameter, DTensor):
+            dist.all_reduce(gradient, group=rows.get_group())
+            gradient /= rows.size()
 
     @property
     def is_first_of_its_rows(self) -> bool:
@@ -78,23 +91,41 @@ class Sharded(ModelParallelStrategy):
         return named(optimizer.state_dict(), names_of(optimizer, self.lightning_module))
 
     def save_checkpoint(self, checkpoint: dict, filepath: str | Path, storage_options: object = None) -> None:
-        """A folder, which is there whole or not at all."""
+        """A folder, which is there whole or not at all. Where the disk is full training goes on, with one line that
+        says so; until a checkpoint has been written again none is removed."""
         path = Path(self.broadcast(str(filepath)))
         temporary = path.with_name(f".{path.name}.partial")
-        self._agree(require_finite, checkpoint, path)
+        if faults := self._faults(partial(require_finite, checkpoint, path)):
+            raise ValueError(faults[0])
         weights, optimizers = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", [])
         tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
         rest = dict(checkpoint)
         if optimizers:
             tensors |= {f"optimizer.{name}": tensor for name, tensor in tensors_of(optimizers[0]).items()}
             rest["optimizer"] = with_tensors(optimizers[0], lambda *_: APART)
-        if self.is_global_zero:
+        faults = self._faults(partial(make_anew, temporary), of_first=True)
+        faults = faults or self._faults(partial(sharded_checkpoints.write, temporary, tensors))
+        sums: list[dict[str, str]] = [{}] * self.world_size
+        if not faults:
+            dist.all_gather_object(sums, sharded_checkpoints.sums_of(temporary, self.global_rank))
+            all_sums = dict(ChainMap(*sums))
+            faults = self._faults(partial(sharded_checkpoints.seal, temporary, rest, all_sums), of_first=True)
+        faults = faults or self._faults(partial(replace_folder, temporary, path), of_first=True)
+        self._failed = bool(faults)
+        if faults and not NO_SPACE.search(faults[0]):
+            raise RuntimeError(faults[0])
+        if faults and self.is_global_zero:
             shutil.rmtree(temporary, ignore_errors=True)
-        self.barrier()
-        sharded_checkpoints.save(temporary, tensors, rest)
-        if self.is_global_zero:
-            replace_folder(temporary, path)
-        self.barrier()
+            free = shutil.disk_usage(path.parent).free
+            print(
+                f"warning: {path} was not written: it needs about {bytes_of_tensors(tensors):,} bytes and {free:,} are "
+                "free; training goes on, and what was saved before stays",
+                file=sys.stderr,
+            )
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self.is_global_zero and not self._failed:
+            remove(Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict:
         """A folder of any number of ranks, or a file of a run that was not sharded."""
@@ -147,16 +178,16 @@ class Sharded(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, object]) -> None:
         """`load_checkpoint` did it."""
 
-    def _agree(self, function, *arguments: object) -> None:
-        """Calls a function that may raise ValueError on some ranks; then it is raised on all."""
+    def _faults(self, function: Callable[[], None], of_first: bool = False) -> list[str]:
+        """Calls a function, on the first rank alone if asked to; what it raised on any rank, known to all."""
         fault, faults = None, [None] * self.world_size
         try:
-            function(*arguments)
-        except ValueError as error:
-            fault = str(error)
+            if self.is_global_zero or not of_first:
+                function()
+        except (OSError, RuntimeError, ValueError, CheckpointException) as error:
+            fault = f"{error} {error.__context__ or ''}"
         dist.all_gather_object(faults, fault)
-        if told := [found for found in faults if found]:
-            raise ValueError(told[0])
+        return [found for found in faults if found]
 
 
 class FSDP2(Sharded):
@@ -203,6 +234,11 @@ for _name, _strategy in NAMES.items():
         StrategyRegistry.register(_name, _strategy, description=_strategy.__doc__.splitlines()[0])
 
 
+def make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
 def split_layers(network: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:
     """Tensor parallel by the architecture's own plan; returns the modules that are whole, with a part of their
     gradient on each rank."""
@@ -217,11 +253,11 @@ def split_layers(network: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:
         count = getattr(heads, name, None)
         if count is not None and count % mesh.size():
             raise ValueError(f"{kind} has {name}={count}, which {mesh.size()} ranks of tensor parallel do not divide")
-    partial = []
+    by_heads = []
     for pattern, style in plan.items():
         for module in matching(network.base_model, pattern):
             if style == SUMMED:
-                partial.append(module)
+                by_heads.append(module)
             elif isinstance(module, nn.Linear):
                 parallelize_module(module, mesh, STYLES[style]())
             else:  # an adapter: the matrix that has the sharded side goes with it
@@ -229,7 +265,7 @@ def split_layers(network: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:
                 names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
                 split = [name for name in names if name == "base_layer" or name.startswith(side)]
                 parallelize_module(module, mesh, {name: STYLES[style]() for name in split})
-    return partial
+    return by_heads
 
 
 def matching(base: nn.Module, pattern: str) -> Iterator[nn.Module]:

@@ -30,6 +30,14 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.delenv("LIGHTNING_LM_RUN_FOLDER", raising=False)
 
 
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory):
+    """Of the tests of a file, where fixtures of the file train, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """Eight small files of Python-like text, 12 kB."""

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import random
+import resource
 import runpy
 import signal
 import subprocess
@@ -52,6 +53,20 @@ def arguments(folder: Path, corpus: Path, flags: dict[str, object], verb: str = 
     """Of a toy run; a flag of None is left out."""
     chosen = TOY | {"data.path": corpus, "trainer.default_root_dir": folder} | flags
     return [verb, "--allow_import=tests", *(f"--{name}={value}" for name, value in chosen.items() if value is not None)]
+
+
+class LimitsFiles(Callback):
+    """Lets files grow to `size` bytes from one step to another, as a disk that is full for a while."""
+
+    def __init__(self, first: int, last: int, size: int):
+        self.first, self.last, self.size = first, last, size
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx: int) -> None:
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        is_full = self.first <= trainer.global_step < self.last
+        if trainer.global_step == self.last:
+            print("kept", sorted(path.name for path in Path(trainer.default_root_dir).glob("checkpoints/*.ckpt")))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size if is_full else most, most))
 
 
 def signal_at(step: int, number: int = signal.SIGTERM, **settings: object) -> list[str]:

@@ -6,10 +6,13 @@ Run by the test as `python tests/ranks.py JOB`, with the environment that torchr
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import BertConfig, LlamaConfig, Qwen3Config, T5Config
 
@@ -17,9 +20,11 @@ from datamodules.instructions import Instructions
 from datamodules.labelled import Labelled
 from datamodules.text import Text
 from lightning_modules.adapter import Adapter
+from lightning_modules.callbacks.report import whole_weights
 from lightning_modules.classification import Classification
 from lightning_modules.distillation import CausalDistillation
 from lightning_modules.inner_signals import InnerSignals
+from lightning_modules.optim import MuonAdamW
 from lightning_modules.pretrain import CausalLM, MaskedLM, SpanDenoising
 from lightning_modules.shards import local
 from lightning_modules.text_generation import TextGeneration
@@ -41,6 +46,12 @@ def language(module: type, architecture, job: dict, rows: int, **settings: objec
 
 def decoder(job: dict, rows: int) -> Made:
     return language(CausalLM, LlamaConfig(num_key_value_heads=4, tie_word_embeddings=True, **SIZES), job, rows)
+
+
+def muon(job: dict, rows: int) -> Made:
+    module, data = decoder(job, rows)
+    module.optimizer = partial(MuonAdamW, lr=0.02, weight_decay=0.1)
+    return module, data
 
 
 def normed_heads(job: dict, rows: int) -> Made:
@@ -76,7 +87,8 @@ def distilled(job: dict, rows: int) -> Made:
 
 
 RECIPES: dict[str, Callable[[dict, int], Made]] = {
-    found.__name__: found for found in (decoder, normed_heads, encoder, encoder_decoder, labels, answers, distilled)
+    found.__name__: found
+    for found in (decoder, muon, normed_heads, encoder, encoder_decoder, labels, answers, distilled)
 }
 
 
@@ -97,6 +109,17 @@ def kept(module: LightningModule) -> list[float]:
         part.reshard()  # what lies outside of all layers stays gathered after a validation
     weights = [list(network.parameters()) for network in networks]
     return [sum(local(p).numel() for p in some) / sum(p.numel() for p in some) for some in weights]
+
+
+def exported(module: LightningModule, file: Path) -> dict[str, float]:
+    """The norms of the weights of the folder that a run leaves, which the first rank writes."""
+    weights = whole_weights(module.network) if module.is_sharded else None
+    if not module.trainer.is_global_zero:
+        return {}
+    folder = file.with_suffix(".model")
+    with nullcontext() if weights is None else module.as_whole(weights):
+        module.exported().save_pretrained(folder)
+    return {name: float(weight.norm()) for name, weight in load_file(folder / "model.safetensors").items()}
 
 
 def main(job: dict) -> None:
@@ -123,7 +146,8 @@ def main(job: dict) -> None:
         module, data = RECIPES[recipe](job, ROWS // groups)
         trainer.fit(module, data)
         val = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        found[f"{strategy} {recipe}"] = {"steps": losses.found, "val": val, "kept": kept(module)}
+        case = {"steps": losses.found, "val": val, "kept": kept(module), "norms": exported(module, Path(job["file"]))}
+        found[f"{strategy} {recipe}"] = case
         if trainer.is_global_zero:
             print(strategy, recipe, losses.found[-1], val, flush=True)
             Path(job["file"]).write_text(json.dumps(found))

@@ -40,13 +40,6 @@ def fit(folder, corpus, **flags):
     return json.loads((folder / "summary.json").read_text()), load_file(folder / "model" / "model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def shared_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.mark.parametrize("length", [{"trainer.max_steps": 4}, {"trainer.max_steps": -1, "trainer.max_epochs": 2}])
 def test_two_ranks_are_one_process_with_two_micro_batches(length, corpus, tmp_path, shared_cache):
     """In steps, and over epochs whose last step is short, where one rank may have no row at all."""

@@ -25,7 +25,9 @@ class Plan(Callback):
 
     def rows(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
         data = trainer.datamodule
-        parts = (data.batch_size, round(data.tokens_per_row), trainer.accumulate_grad_batches, trainer.world_size)
+        groups = data.rank_and_ranks[1]
+        parts = (data.batch_size, round(data.tokens_per_row), trainer.accumulate_grad_batches, groups)
+        ranks = "ranks" if groups == trainer.world_size else f"groups of {trainer.world_size // groups} ranks"
         step_tokens = data.tokens_per_row * math.prod(parts) / parts[1]
         trained = sum(p.numel() for p in module.network.parameters() if p.requires_grad)
         total = parameter_count(module.network)
@@ -34,7 +36,8 @@ class Plan(Callback):
             f"{f'{trained:,} of them trained, ' if trained < total else ''}{precision(trainer, module)}",
             **module.plan(),
             **data.plan(),
-            "step": "{} rows × {} tokens × {} micro-batches × {} ranks = ".format(*parts)
+            "step": "{} rows × {} tokens × {} micro-batches × {} ".format(*parts)
+            + f"{ranks} = "
             + f"{step_tokens:,.0f} tokens",
             "run": self._length(trainer, module, step_tokens, data.tokens_per_row * data.rows_per_epoch),
             "memory": f"about {bytes_of(self._state_bytes(module))} for weights, gradients and optimizer, "
