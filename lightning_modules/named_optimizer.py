@@ -1,6 +1,8 @@
 """An optimizer's state by the names of its weights, where its own has their numbers.
 
-Which number a weight has depends on the groups, and those on how weights are sharded; its name does not.
+Which number a weight has depends on the groups, and those on how weights are sharded; its name does not. torch has the
+same in torch.distributed.checkpoint.state_dict, which takes a step to make what a new optimizer lacks and does not know
+float32 masters.
 """
 
 from collections.abc import Callable
