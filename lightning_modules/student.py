@@ -130,16 +130,18 @@ class PartOfTeacher:
         """Copies weights, in place; returns (c, C) the directions of the teacher's hidden states that the student's
         are. Raises ValueError for a layout of which the layers or the parts are not known."""
         self.require_same_layers(student, teacher)
-        whole, copied_layers = teacher.state_dict(), False
+        whole, parts = teacher.state_dict(), student.state_dict()
+        if not any(map(LAYER.search, parts)):
+            kind = type(teacher.config).__name__
+            raise ValueError(f"--model.student.teacher_layers does not know the layers of {kind}; pass an architecture")
+        if lost := [name for name in whole if not LAYER.search(name) and name not in parts]:
+            raise ValueError(f"--model.student.fields leave no place for the teacher's {lost[0]}; pass other sizes")
         widths = [network.config.get_text_config().hidden_size for network in (student, teacher)]
         is_projected = self.narrow == "project" and widths[0] < widths[1]
         axes = axes_of_width(student) if is_projected else {}
         directions_cC = (principal_directions(teacher) if is_projected else torch.eye(widths[1]))[: widths[0]]
-        for ours, part in student.state_dict().items():
-            name = ours
-            if LAYER.search(name):
-                copied_layers = True
-                name = name if OF_FIRST in name else self.layer_of(name)
+        for ours, part in parts.items():
+            name = ours if OF_FIRST in ours else self.layer_of(ours)
             if name not in whole or whole[name].ndim != part.ndim:
                 raise ValueError(
                     f"--model.student: the teacher has no {name} that the student's could be a part of; name the "
@@ -151,11 +153,6 @@ class PartOfTeacher:
             if is_projected:
                 weight = projected(name, weight, axes[ours], directions_cC)
             part.copy_(weight[tuple(slice(size) for size in part.shape)])
-        if not copied_layers:
-            kind = type(teacher.config).__name__
-            raise ValueError(f"--model.student.teacher_layers does not know the layers of {kind}; pass an architecture")
-        if lost := [name for name in whole if not LAYER.search(name) and name not in student.state_dict()]:
-            raise ValueError(f"--model.student.fields leave no place for the teacher's {lost[0]}; pass other sizes")
         return directions_cC
 
 

@@ -166,6 +166,7 @@ def test_a_layout_that_is_not_known_is_refused():
         (LSTMConfig(hidden_size=8, num_hidden_layers=2, vocab_size=9), PartOfTeacher([1]), "does not know the layers"),
         (ElectraConfig(embedding_size=8, **electra), PartOfTeacher([0], half), "the teacher has no"),
         (ElectraConfig(embedding_size=4, **electra), PartOfTeacher([0], half), "leave no place for"),
+        (ElectraConfig(embedding_size=4, **electra), PartOfTeacher([0], half, "project"), "leave no place for"),
         (ElectraConfig(embedding_size=8, **electra), PartOfTeacher([0], {"hidden_size": 4}), "heads of 2 numbers of"),
         (LlamaConfig(**llama), PartOfTeacher([0], {"num_attention_heads": 2}), "share their keys and values"),
         (
