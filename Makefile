@@ -23,8 +23,8 @@ setup: $(STAMP) ## the environment alone: .venv with the exact versions of const
 pretrain: setup ## train a language model on the Python standard library (2 minutes), the main job
 	$(BIN)/python recipes/pretrain.py fit
 
-test: setup ## the tests: no GPU, no network
-	$(BIN)/python -m pytest
+test: setup ## the tests: no GPU, no network; on two cores
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/test_gpu.py

@@ -19,6 +19,7 @@ from transformers import BertConfig, LlamaConfig, Qwen3Config, T5Config
 from datamodules.instructions import Instructions
 from datamodules.labelled import Labelled
 from datamodules.text import Text
+from lightning_modules import hardware
 from lightning_modules.adapter import Adapter
 from lightning_modules.callbacks.report import whole_weights
 from lightning_modules.classification import Classification
@@ -49,6 +50,8 @@ def decoder(job: dict, rows: int) -> Made:
 
 
 def muon(job: dict, rows: int) -> Made:
+    """In float32, since bf16 makes more of another order of summing."""
+    hardware.product_dtype = lambda device: torch.float32
     module, data = decoder(job, rows)
     module.optimizer = partial(MuonAdamW, lr=0.02, weight_decay=0.1)
     return module, data

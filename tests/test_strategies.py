@@ -90,8 +90,10 @@ def test_every_strategy_trains_as_one_process_does(case, found):
 
 
 def test_muon_makes_of_shards_what_it_makes_of_whole_matrices(found):
-    """Two ranks like two ranks: its products may be bf16, which makes more of another order of summing."""
-    for (loss, _), (loss_of_whole, _) in zip(found["fsdp2 muon"]["steps"], found["ddp muon"]["steps"], strict=True):
+    """As long as it does: it lifts the smallest directions of a gradient, which are rounding, a thousandfold, and two
+    runs part in the end. Of parts of matrices alone the second loss would be off by 2e-3."""
+    runs = zip(found["fsdp2 muon"]["steps"][:10], found["ddp muon"]["steps"][:10], strict=True)
+    for (loss, _), (loss_of_whole, _) in runs:
         assert loss == pytest.approx(loss_of_whole, rel=1e-6)
 
 
