@@ -28,6 +28,7 @@ import fused_loss
 import gpu
 import layer
 import peer_distillation
+import planned
 import startup
 import tasks
 import teaching
@@ -48,6 +49,7 @@ PARTS = (
     "time_to_loss",
     "encoding",
     "loading",
+    "planned",
     "startup",
 )
 LONG = ("tasks", "teaching", "peer_distillation")
@@ -122,6 +124,8 @@ def measured(options: argparse.Namespace) -> Iterator[list[Table]]:
         yield from ([table] for table in found)
     if "peer_distillation" in wanted:
         yield peer_distillation.tables(options.trl_python, cores, options.rounds, options.turn_seconds)
+    if "planned" in wanted:
+        yield list(planned.tables())
     if "startup" in wanted:
         yield startup.tables(1 if options.quick else 5)
 

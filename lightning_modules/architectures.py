@@ -81,7 +81,8 @@ class HeadInput:
         if not self.open:
             return None
         self.hidden = args[0]
-        return (args[0][:, :1],)
+        # Of rows that do not lie side by side torch would make the product with a copy of the head for each.
+        return (args[0][:, :1].contiguous(),)
 
     @contextmanager
     def tapped(self) -> Iterator["HeadInput"]:
@@ -127,8 +128,21 @@ def find_head_loss(model: PreTrainedModel, tap: HeadInput) -> HeadLoss | None:
     return None
 
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""How configs call the number of experts of a layer."""
+
+
 def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def active_parameters(model: nn.Module) -> int:
+    """Those that a token meets: of experts as many as it is sent to."""
+    config = model.config.get_text_config()
+    chosen = getattr(config, "num_experts_per_tok", None)
+    there = next((count for name in EXPERTS if (count := getattr(config, name, None))), None)
+    share = chosen / there if chosen and there else 1.0
+    return round(sum(p.numel() * (share if ".experts." in n else 1) for n, p in model.named_parameters()))
 
 
 def flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
@@ -139,7 +153,7 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
     """
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     head = model.get_output_embeddings()  # None of a model that says labels
-    weights = parameter_count(model) - sum(table.numel() for table in tables.values())
+    weights = active_parameters(model) - sum(table.numel() for table in tables.values())
     weights += head.weight.numel() if head is not None and id(head.weight) in tables else 0
     config = model.config
     layers = getattr(config, "num_hidden_layers", 0)

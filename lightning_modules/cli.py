@@ -41,6 +41,7 @@ from lightning_modules.checkpoint_io import CheckpointFiles
 from lightning_modules.command_line import OneLineParser, one_line_errors, take_flag, unbreakable_output
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.precision import BF16Shards, BF16Weights
+from lightning_modules.recipe_trainer import RecipeTrainer
 from lightning_modules.redaction import redacted
 from lightning_modules.restarts import join_after_restart
 from lightning_modules.run_folder import find_checkpoint, no_empty_run_folder, require_new, run_folder
@@ -206,9 +207,14 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         trainer = self.config[self.subcommand].trainer
         on_cpu = trainer.accelerator == "cpu" or not torch.cuda.is_available()
-        join_after_restart(on_cpu)
+        if self.subcommand == "plan":
+            on_cpu = on_cpu and self.config.plan.hardware is None
+            plan_without_devices(self.config.plan, trainer)
+        else:
+            join_after_restart(on_cpu)
         if trainer.precision is None:
-            trainer.precision = hardware.best_precision("cpu" if on_cpu else "cuda")
+            bf16_gpu = self.subcommand == "plan" and not on_cpu
+            trainer.precision = "bf16-mixed" if bf16_gpu else hardware.best_precision("cpu" if on_cpu else "cuda")
         if isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch == 1:
             # Steps counted on through epochs: text of fewer batches than the interval is trained on, too.
             trainer.check_val_every_n_epoch = None
@@ -277,12 +283,33 @@ class RecipeCLI(LightningCLI):
             print("no --ckpt_path given: these are the numbers of freshly initialised weights", file=sys.stderr)
 
 
+def plan_without_devices(flags: Namespace, trainer: Namespace) -> None:
+    """Makes the flags of a run those of one that only looks like it: on the CPU, with as many ranks."""
+    per_node = trainer.devices if isinstance(trainer.devices, int) else 1
+    devices = flags.devices or per_node * trainer.num_nodes
+    if devices < 1:
+        raise ValueError(f"--devices is {devices}; pass 1 or more")
+    per_node = next(count for count in range(min(8, devices), 0, -1) if devices % count == 0)
+    trainer.accelerator, trainer.devices, trainer.num_nodes = "cpu", per_node, devices // per_node
+    if kind_of(trainer.strategy) == "other":
+        name = name_of(trainer.strategy)
+        if name not in ("fsdp", "FSDPStrategy"):
+            raise ValueError(f"--trainer.strategy {name} cannot be planned; take ddp, fsdp2, tp or fsdp2_tp")
+        trainer.strategy = "fsdp2"  # which keeps the same parts
+    if devices == 1:
+        trainer.strategy = "auto"
+
+
 def kind_of(strategy: object) -> Literal["whole", "sharded", "other"]:
     """What a rank has of the network, for what --trainer.strategy says: a name, or a class with its arguments."""
-    name = str(getattr(strategy, "class_path", strategy)).rpartition(".")[2]
+    name = name_of(strategy)
     if name in {*NAMES, *(found.__name__ for found in NAMES.values())}:
         return "sharded"
     return "whole" if name == "auto" or name.lower().startswith("ddp") else "other"
+
+
+def name_of(strategy: object) -> str:
+    return str(getattr(strategy, "class_path", strategy)).rpartition(".")[2]
 
 
 def _objective(model: object) -> str:
@@ -303,7 +330,7 @@ def main(
     description: str,
     default_config: Path | None = None,
     args: list[str] | None = None,
-    trainer: type[Trainer] = Trainer,
+    trainer: type[Trainer] = RecipeTrainer,
 ) -> None:
     """Runs the recipe of a script: any subclass of `model`, `default_model` unless named, on `data`, of which a
     subclass is named where it is abstract.

@@ -90,7 +90,7 @@ class Distilled(Taught, LanguageModule):
         if self.architecture.is_encoder_decoder:
             self.architecture.decoder_start_token_id = self.teachers[0].config.decoder_start_token_id
         network = build(self.architecture, self.auto_class, self.seed)
-        self.directions_cC = self.student.fill(network, self.teachers[0].read())
+        self.begin_as_part(network)
         return network
 
     def require_writing(self, data: LightningDataModule) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_modules import hardware
+
 IGNORED = -100
 LOG2_E = 1.4426950408889634
 
@@ -62,7 +64,7 @@ def linear_cross_entropy(
     """
     device = hidden_NC.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NC.dtype
-    tile_logits = tile_logits or (4 if device == "cpu" else 128) * 2**20
+    tile_logits = tile_logits or (4 if hardware.kind_of(hidden_NC.device) == "cpu" else 128) * 2**20
     return _LinearCrossEntropy.apply(
         hidden_NC, weight_VC, bias_V, labels_N, head, divisor, tile_logits, dtype, torch.is_grad_enabled()
     )
@@ -113,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         for chunk in (slice(start, start + n) for start in range(0, N, n)):
             labels_n = labels_N[chunk]
-            blocks = _blocks(len(labels_n), v, device.type)
+            blocks = _blocks(len(labels_n), v, hardware.kind_of(device))
             sums = _Sums(labels_n, V, head)
             for tile in tiles:
                 product_nv = product(chunk, tile)

@@ -57,9 +57,13 @@ class Sharded(ModelParallelStrategy):
             shard(network, mesh["data_parallel"], torch.bfloat16 if in_bf16 else None)
         self._partial = {id(parameter) for module in by_heads for parameter in module.parameters()}
 
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._all_ranks = init_device_mesh(self.root_device.type, (self.world_size,))
+
     def share_out(self, network: PreTrainedModel) -> None:
         """Has each rank keep a part of a network that is only asked, by all of them together."""
-        shard(network, init_device_mesh(self.root_device.type, (self.world_size,)))
+        shard(network, self._all_ranks)
 
     def is_partial(self, parameter: nn.Parameter) -> bool:
         """Whether a weight is whole while each rank has the gradient of heads of its own."""

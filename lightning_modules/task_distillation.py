@@ -71,7 +71,7 @@ class TaskDistillation(Taught, FineTune):
             for name, value in fields.items():
                 setattr(self.architecture, name, value)
             network = auto_class.from_config(self.architecture)
-            self.directions_cC = self.student.fill(network, self.teachers[0].read())
+            self.begin_as_part(network)
             return network
         words = self.trainer.datamodule.tokenizer.get_vocab()
         if isinstance(self.student, str) and load_tokenizer(self.origin).get_vocab() != words:

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_modules import hardware
 from lightning_modules.distillation_loss import Matching, Sparse, linear_distillation
 from lightning_modules.divergences import Divergence
 from lightning_modules.inner_signals import InnerLoss, InnerSignals, Seen
@@ -126,6 +127,11 @@ class Taught(ScheduledStep):
         """Whether they are needed at each step."""
         return self.learns_from_teachers
 
+    def begin_as_part(self, network: PreTrainedModel) -> None:
+        """Gives a student the weights of its teacher that it begins as."""
+        if not hardware.is_planning():
+            self.directions_cC = self.student.fill(network, self.teachers[0].read())
+
     def load_teachers(self) -> None:
         strategy = self.trainer.strategy
         for teacher in self.teachers:
@@ -203,7 +209,8 @@ class Taught(ScheduledStep):
         if not self.learns_from_teachers:
             objective, nats, count = self.loss(batch, divisor)
             return objective, nats, count, *[torch.zeros_like(nats) for _ in self.more_sums]
-        batch, is_own_N = (batch, None) if self.on_policy is None else self.written(batch)
+        writes = self.on_policy is not None and not hardware.is_planning()
+        batch, is_own_N = self.written(batch) if writes else (batch, None)
         weights = self.weights()
         if weights.inner:
             readers = (partial(self.student_head, batch), partial(self.targets, batch))

@@ -58,6 +58,8 @@ class Teacher:
 
     def read(self) -> PreTrainedModel:
         """Its network in float32."""
+        if hardware.is_planning():
+            return self.auto_class.from_config(self.config, dtype=torch.float32)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
@@ -75,10 +77,12 @@ class Teacher:
         """Makes it ready to be asked, in the cheapest precision that keeps its distribution; by `share_out` each rank
         keeps a part of it."""
         self.network = self.read().to(device).eval().requires_grad_(False)
-        self.bf16_nats = self._cost_of_bf16() if hardware.best_precision(device.type).startswith("bf16") else None
+        kind = hardware.kind_of(device)
+        tries_bf16 = hardware.best_precision(kind).startswith("bf16")
+        self.bf16_nats = (0.0 if hardware.is_planning() else self._cost_of_bf16()) if tries_bf16 else None
         if self.bf16_nats is not None and self.bf16_nats <= KEPT:
             self.network.bfloat16()
-            if device.type == "cpu":
+            if kind == "cpu":
                 self.kernels = cpu_kernels.install(self.network)
         if share_out is not None:
             share_out(self.network)

@@ -8,19 +8,22 @@ import time
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 
 from lightning_modules.architectures import bytes_of
 from lightning_modules.distillation import Distilled
 from lightning_modules.on_policy import OnPolicy
+from lightning_modules.recipe_trainer import RecipeTrainer
 from lightning_modules.taught import Taught
 from lightning_modules.teacher import Teacher
 
 
-class TeacherTrainer(Trainer):
-    """Lightning's, which can have a teacher write down what a student learns from, too."""
+class TeacherTrainer(RecipeTrainer):
+    """Which can have a teacher write down what a student learns from, too."""
 
-    verbs: ClassVar[dict[str, set[str]]] = {name: {"model", "datamodule"} for name in ("cache", "write")}
+    verbs: ClassVar[dict[str, set[str]]] = RecipeTrainer.verbs | {
+        name: {"model", "datamodule"} for name in ("cache", "write")
+    }
     """Of the command line, with the arguments that it does not show."""
 
     def cache(

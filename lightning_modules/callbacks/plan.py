@@ -1,73 +1,92 @@
 """What a run will do and cost, printed before its first step."""
 
-import math
 import sys
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
 
+from lightning_modules import hardware, planning
 from lightning_modules.architectures import bytes_of, parameter_count
 from lightning_modules.callbacks.speed import Speed
 from lightning_modules.finetune import FineTune
-
-PLANNED_MFU = 0.45
-"""Share of the matrix rate that the time in the plan supposes."""
+from lightning_modules.hardware import Device
+from lightning_modules.planning import Forecast
+from lightning_modules.simulation import Footprint
 
 
 class Plan(Callback):
-    """Prints the plan; `rows` gives it as pairs."""
+    """Prints the plan, and keeps it for what is measured to stand beside it."""
+
+    forecast: Forecast | None = None
+    memory_besides: int | None = None
+    """Bytes that the process holds besides the tensors of the run."""
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        kind = module.device.type
         if trainer.is_global_zero:
-            print_pairs("Plan", self.rows(trainer, module))
+            speed = next(c for c in trainer.callbacks if isinstance(c, Speed))
+            device = hardware.here(kind, speed.matrix_flops / trainer.world_size, trainer.world_size)
+            footprint, tokens = None, 1
+            if not module.is_sharded:  # of which only the verb `plan` can say it: it is rank by rank
+                footprint, tokens = self.foreseen(trainer, module, device)
+            self.forecast = planning.forecast(trainer, module, device, footprint, tokens)
+            print_pairs("Plan", rows(self.forecast, trainer, module, is_measured=True))
             if isinstance(module, FineTune):
                 print(f"example   {marked(trainer.datamodule.shown(0))}\n", flush=True)
-
-    def rows(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
-        data = trainer.datamodule
-        groups = data.rank_and_ranks[1]
-        parts = (data.batch_size, round(data.tokens_per_row), trainer.accumulate_grad_batches, groups)
-        ranks = "ranks" if groups == trainer.world_size else f"groups of {trainer.world_size // groups} ranks"
-        step_tokens = data.tokens_per_row * math.prod(parts) / parts[1]
-        trained = sum(p.numel() for p in module.network.parameters() if p.requires_grad)
-        total = parameter_count(module.network)
-        rows = {
-            "model": f"{type(module).__name__} {type(module.network.config).__name__}, {total:,} parameters, "
-            f"{f'{trained:,} of them trained, ' if trained < total else ''}{precision(trainer, module)}",
-            **module.plan(),
-            **data.plan(),
-            "step": "{} rows × {} tokens × {} micro-batches × {} ".format(*parts)
-            + f"{ranks} = "
-            + f"{step_tokens:,.0f} tokens",
-            "run": self._length(trainer, module, step_tokens, data.tokens_per_row * data.rows_per_epoch),
-            "memory": f"about {bytes_of(self._state_bytes(module))} for weights, gradients and optimizer, "
-            "and the activations",
-            "files": trainer.default_root_dir,
-        }
-        return {name: text for name, text in rows.items() if text}
-
-    def _length(self, trainer: Trainer, module: LightningModule, step_tokens: float, epoch_tokens: float) -> str:
-        steps = [trainer.max_steps] if trainer.max_steps > 0 else []
-        if module.max_tokens:
-            steps.append(math.ceil(module.max_tokens / step_tokens))
-        if trainer.max_epochs and trainer.max_epochs > 0:
-            steps.append(-(-trainer.num_training_batches // trainer.accumulate_grad_batches) * trainer.max_epochs)
-        seconds_left = time_limit(trainer)
-        limit = [] if seconds_left is None else [f"at most {seconds_left:,.0f} s"]
-        if not steps:
-            return ", ".join(limit)
-        speed = next(c for c in trainer.callbacks if isinstance(c, Speed))
-        tokens = min(steps) * step_tokens
-        flops = tokens * module.flops_per_token
-        seconds = flops / (PLANNED_MFU * speed.matrix_flops)
-        length = f"{min(steps):,} steps = {tokens:,.0f} tokens = {tokens / epoch_tokens:.2f} epochs, {flops:.1e} FLOP"
-        rate = f"about {seconds:,.0f} s at {PLANNED_MFU:.0%} of the {speed.matrix_flops:.1e} FLOP/s measured here"
-        return ", ".join([length, rate, *limit])
+        in_use = hardware.memory_in_use(kind)
+        self.memory_besides = None if in_use is None else in_use - planning.bytes_there(trainer, module)
+        hardware.start_peak_memory(kind)
 
     @staticmethod
-    def _state_bytes(module: LightningModule) -> int:
-        # Weights, gradients, two moments in float32; masters make weights and gradients 2 bytes and add 8.
-        return parameter_count(module.network) * (20 if module.low_precision else 16)
+    def foreseen(trainer: Trainer, module: LightningModule, device: Device) -> tuple[Footprint | None, int]:
+        """What a plan cannot say must not keep a run from beginning."""
+        try:
+            return planning.simulate(trainer, module, device)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            print(f"warning: the plan cannot foresee the memory of this run: {reason}", file=sys.stderr)
+            return None, 1
+
+    def measured_memory(self, kind: str) -> int | None:
+        """The most that the tensors of the run took since it began."""
+        peak = hardware.peak_memory(kind)
+        return None if peak is None or self.memory_besides is None else peak - self.memory_besides
+
+
+def rows(forecast: Forecast, trainer: Trainer, module: LightningModule, is_measured: bool) -> dict[str, str]:
+    """The plan as pairs; `is_measured`: the rate of the device was."""
+    data = trainer.datamodule
+    groups = data.rank_and_ranks[1]
+    parts = (data.batch_size, round(data.tokens_per_row), trainer.accumulate_grad_batches, groups)
+    ranks = "ranks" if groups == trainer.world_size else f"groups of {trainer.world_size // groups} ranks"
+    limit = planning.time_limit(trainer)
+    at_most = "" if limit is None else f"at most {limit:,.0f} s"
+    found = {
+        "model": f"{type(module).__name__} {type(module.network.config).__name__}, {parameters(forecast)}, "
+        f"{precision(trainer, module)}",
+        **module.plan(),
+        **data.plan(),
+        "step": "{} rows × {} tokens × {} micro-batches × {} ".format(*parts)
+        + f"{ranks} = {planning.step_tokens(trainer):,.0f} tokens",
+        "run": ", ".join(part for part in (forecast.run(is_measured), at_most) if part),
+        "compute": forecast.compute(),
+        "memory": forecast.memory()
+        or f"{state_bytes(module)} for weights, gradients and optimizer, and the activations",
+        "files": trainer.default_root_dir,
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def parameters(forecast: Forecast) -> str:
+    parts = [f"{count:,} {part}" for part, count in forecast.parameters.items()]
+    by_part = f" ({', '.join(parts)})" if len(parts) > 1 else ""
+    trained = f", {forecast.trained:,} of them trained" if forecast.trained < forecast.total else ""
+    active = f", {forecast.active:,} of them active" if forecast.active < forecast.total else ""
+    return f"{forecast.total:,} parameters{by_part}{active}{trained}"
+
+
+def state_bytes(module: LightningModule) -> str:
+    # Weights, gradients, two moments in float32; masters make weights and gradients 2 bytes and add 8.
+    return f"about {bytes_of(parameter_count(module.network) * (20 if module.low_precision else 16))}"
 
 
 def marked(pieces: list[tuple[str, bool]], most: int = 400) -> str:
@@ -83,12 +102,6 @@ def marked(pieces: list[tuple[str, bool]], most: int = 400) -> str:
 
 def precision(trainer: Trainer, module: LightningModule) -> str:
     return f"{trainer.precision} with float32 master weights" if module.low_precision else str(trainer.precision)
-
-
-def time_limit(trainer: Trainer) -> float | None:
-    """Seconds left of max_time."""
-    timer = next((c for c in trainer.callbacks if isinstance(c, Timer)), None)
-    return timer.time_remaining() if timer else None
 
 
 def print_pairs(title: str, rows: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_modules import hardware
 from lightning_modules.architectures import bytes_of, parameter_count
-from lightning_modules.callbacks.plan import precision, print_pairs
+from lightning_modules.callbacks.plan import Plan, precision, print_pairs
 from lightning_modules.callbacks.speed import Speed
 from lightning_modules.checkpoint_io import replace_folder
 from lightning_modules.finetune import FineTune
@@ -95,6 +95,7 @@ class Report(Callback):
             **module.about(),
             "hardware": hardware.describe(),
             "skipped_rows": sum(trainer.datamodule.skipped_rows.values()),
+            **planned_and_measured(trainer, module, speed),
             "baselines": compressors(trainer, seconds) if module.objective == "causal" else {},
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             "model_dir": str(Path(trainer.default_root_dir) / "model"),
@@ -116,6 +117,20 @@ class Report(Callback):
             rows["W&B"] = f"offline; look at it with wandb leet, upload it with wandb sync {offline}"
         rows["next"] = module.next_command(shlex.quote(summary["model_dir"]), trainer.datamodule)
         return rows
+
+
+def planned_and_measured(trainer: Trainer, module: LightningModule, speed: Speed) -> dict[str, object]:
+    plan = next((c for c in trainer.callbacks if isinstance(c, Plan)), None)
+    if plan is None or plan.forecast is None:  # of a run that was over when it was taken up
+        return {}
+    measured = {
+        "peak_memory_bytes": plan.measured_memory(module.device.type),
+        "steps": trainer.global_step,
+        "tokens": int(module.tokens),
+        "seconds": round(speed.training_seconds, 3),
+        "mfu": speed.mean_mfu(module),
+    }
+    return {"planned": plan.forecast.summary(), "measured": measured}
 
 
 def best_by(trainer: Trainer) -> tuple[str, int]:
