@@ -30,8 +30,8 @@ RUNS = {
 SIZED = {"decoder": "model.architecture", "encoder": "model.architecture", "distillation": "model.student"}
 
 
-def of_run(name: str, folder: Path) -> dict[str, dict]:
-    """What was planned of a run, and what was measured in it."""
+def of_run(name: str, folder: Path, *more: str) -> dict[str, dict]:
+    """What was planned of a run with some `more` flags, and what was measured in it."""
     recipe, *flags = RUNS[name]
     flags += [f"--{SIZED[name]}.{field}={value}" for field, value in SIZES.items()] if name in SIZED else []
     if recipe != "finetune":
@@ -39,7 +39,7 @@ def of_run(name: str, folder: Path) -> dict[str, dict]:
     if recipe == "distill":
         flags.append("--comparison.control=false")
     command = [sys.executable, str(ROOT / "benchmarks" / "planned_row.py"), f"recipes/{recipe}.py", "fit", *flags]
-    command += [*FEW, f"--trainer.default_root_dir={folder}"]
+    command += [*FEW, *more, f"--trainer.default_root_dir={folder}"]
     environment = os.environ | {"WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:

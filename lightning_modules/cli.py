@@ -286,7 +286,7 @@ class RecipeCLI(LightningCLI):
 def plan_without_devices(flags: Namespace, trainer: Namespace) -> None:
     """Makes the flags of a run those of one that only looks like it: on the CPU, with as many ranks."""
     per_node = trainer.devices if isinstance(trainer.devices, int) else 1
-    devices = flags.devices or per_node * trainer.num_nodes
+    devices = per_node * trainer.num_nodes if flags.devices is None else flags.devices
     if devices < 1:
         raise ValueError(f"--devices is {devices}; pass 1 or more")
     per_node = next(count for count in range(min(8, devices), 0, -1) if devices % count == 0)

@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim import Optimizer
@@ -43,10 +43,20 @@ NO_SPACE = re.compile(r"No space left|File too large|[Qq]uota exceeded|unexpecte
 
 
 class Sharded(ModelParallelStrategy):
-    """A subclass says how many ranks see the same rows."""
+    """A subclass says how many ranks see the same rows.
+
+    Args:
+        group_size: Ranks that together have one copy of what is shared among those that see different rows; the groups
+            add up their gradients. Left out: all of them.
+        cpu_offload: Keeps weights, gradients and optimizer states in the memory of the CPU.
+    """
 
     _failed = False
     """Whether the last checkpoint found no space."""
+
+    def __init__(self, group_size: int | None = None, cpu_offload: bool = False, **settings: object):
+        super().__init__(**settings)
+        self._group_size, self._offloads = group_size, cpu_offload
 
     def parallelize(self, network: PreTrainedModel) -> None:
         """Shards a network, in place. Raises ValueError for an architecture that cannot be."""
@@ -54,12 +64,30 @@ class Sharded(ModelParallelStrategy):
         by_heads = split_layers(network, mesh["tensor_parallel"]) if mesh["tensor_parallel"].size() > 1 else []
         in_bf16 = isinstance(self.precision_plugin, BF16Shards)
         if mesh["data_parallel"].size() > 1 or mesh["tensor_parallel"].size() == 1 or in_bf16:
-            shard(network, mesh["data_parallel"], torch.bfloat16 if in_bf16 else None)
+            rows = mesh["data_parallel"] if self._group_size is None else mesh["groups", "group"]
+            shard(network, rows, torch.bfloat16 if in_bf16 else None, self._offloads)
         self._partial = {id(parameter) for module in by_heads for parameter in module.parameters()}
 
     def setup_environment(self) -> None:
+        if self._offloads and self.root_device.type == "cuda":
+            self._process_group_backend = "cpu:gloo,cuda:nccl"
         super().setup_environment()
+        if self._group_size is not None:
+            self._device_mesh = self.lightning_module._device_mesh = self._grouped(self._group_size)
         self._all_ranks = init_device_mesh(self.root_device.type, (self.world_size,))
+
+    def _grouped(self, size: int) -> DeviceMesh:
+        """Ranks that see different rows, in groups with a copy each."""
+        rows, of_layer = self._device_mesh["data_parallel"].size(), self._device_mesh["tensor_parallel"].size()
+        if size < 1 or rows % size:
+            raise ValueError(
+                f"--trainer.strategy.group_size {size}: {rows} ranks that see different rows do not divide into such "
+                "groups; pass a divisor"
+            )
+        shape, names = (rows // size, size, of_layer), ("groups", "group", "tensor_parallel")
+        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        mesh["groups", "group"]._flatten("data_parallel")
+        return mesh
 
     def share_out(self, network: PreTrainedModel) -> None:
         """Has each rank keep a part of a network that is only asked, by all of them together."""
@@ -206,6 +234,9 @@ class FSDP2(Sharded):
 class TensorParallel(Sharded):
     """The matrices of each layer are shared among all ranks, which see the same rows."""
 
+    def __init__(self, **settings: object):
+        super().__init__(**settings)
+
     def setup_environment(self) -> None:
         self._data_parallel_size = 1
         self._tensor_parallel_size = self.num_nodes * self.num_processes
@@ -217,6 +248,7 @@ class FSDP2TensorParallel(Sharded):
 
     Args:
         tensor_parallel_size: Ranks that share a layer's matrices.
+        settings: As FSDP2 has them.
     """
 
     def __init__(self, tensor_parallel_size: int | None = None, **settings: object):
@@ -278,12 +310,16 @@ def matching(base: nn.Module, pattern: str) -> Iterator[nn.Module]:
     return (module for name, module in base.named_modules() if expression.fullmatch(name))
 
 
-def shard(network: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
-    """FSDP2: each layer by itself, then what is left; computed in `dtype`, added up in float32."""
+def shard(
+    network: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype | None = None, offloads: bool = False
+) -> None:
+    """FSDP2: each layer by itself, then what is left; computed in `dtype`, added up in float32. Of a mesh of two
+    dimensions the first has copies."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offloads else OffloadPolicy()
     layers, names = set(network._no_split_modules or ()), network.named_parameters(remove_duplicate=False)
     times = Counter(id(parameter) for _, parameter in names)
     for module in reversed([module for module in network.modules() if type(module).__name__ in layers]):
         if all(times[id(parameter)] == 1 for parameter in module.parameters()):  # embeddings that are the head, too
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(network, mesh=mesh, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(network, mesh=mesh, mp_policy=policy, offload_policy=offload)

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
@@ -28,6 +30,7 @@ from lightning_modules.inner_signals import InnerSignals
 from lightning_modules.optim import MuonAdamW
 from lightning_modules.pretrain import CausalLM, MaskedLM, SpanDenoising
 from lightning_modules.shards import local
+from lightning_modules.strategies import FSDP2
 from lightning_modules.text_generation import TextGeneration
 
 ROWS, STEPS = 8, 50
@@ -50,11 +53,17 @@ def decoder(job: dict, rows: int) -> Made:
 
 
 def muon(job: dict, rows: int) -> Made:
-    """In float32, since bf16 makes more of another order of summing."""
-    hardware.product_dtype = lambda device: torch.float32
     module, data = decoder(job, rows)
-    module.optimizer = partial(MuonAdamW, lr=0.02, weight_decay=0.1)
+    module.optimizer = partial(Float32Muon, lr=0.02, weight_decay=0.1)
     return module, data
+
+
+class Float32Muon(MuonAdamW):
+    """bf16 makes more of another order of summing."""
+
+    def step(self, closure=None):
+        with patch.object(hardware, "product_dtype", lambda device: torch.float32):
+            return super().step(closure)
 
 
 def normed_heads(job: dict, rows: int) -> Made:
@@ -95,6 +104,13 @@ RECIPES: dict[str, Callable[[dict, int], Made]] = {
 }
 
 
+STRATEGIES = {
+    "fsdp2_groups": lambda: FSDP2(group_size=2),
+    "fsdp2_offload": lambda: FSDP2(cpu_offload=True),
+}
+"""Besides those that have a name."""
+
+
 class Losses(Callback):
     """Of every step, as all ranks together have it."""
 
@@ -132,7 +148,7 @@ def main(job: dict) -> None:
         trainer = Trainer(
             accelerator="cpu",
             devices=job["ranks"],
-            strategy=strategy,
+            strategy=STRATEGIES.get(strategy, lambda: strategy)(),
             max_steps=STEPS,
             gradient_clip_val=0.5,
             callbacks=[losses],
@@ -154,6 +170,9 @@ def main(job: dict) -> None:
         if trainer.is_global_zero:
             print(strategy, recipe, losses.found[-1], val, flush=True)
             Path(job["file"]).write_text(json.dumps(found))
+    if dist.is_initialized():  # or the threads of one rank may still talk to another that has gone
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ WITH_PLAN = ("decoder", "normed_heads", "answers", "distilled")
 CASES = {
     1: [("auto", recipe) for recipe in EVERY],
     2: [(name, recipe) for name in ("ddp", "fsdp2") for recipe in (*EVERY, "muon")]
-    + [("tp", recipe) for recipe in WITH_PLAN],
-    4: [("fsdp2_tp", recipe) for recipe in WITH_PLAN],
+    + [("tp", recipe) for recipe in WITH_PLAN]
+    + [("fsdp2_offload", "decoder")],
+    4: [("fsdp2_tp", recipe) for recipe in WITH_PLAN] + [("fsdp2_groups", name) for name in ("decoder", "distilled")],
 }
 
 
@@ -99,7 +100,8 @@ def test_muon_makes_of_shards_what_it_makes_of_whole_matrices(found):
 
 @pytest.mark.parametrize(
     ("strategy", "kept"),
-    [("auto", [1, 1]), ("ddp", [1, 1]), ("fsdp2", [0.5, 0.5]), ("tp", [0.92, 0.5]), ("fsdp2_tp", [0.46, 0.25])],
+    [("auto", [1, 1]), ("ddp", [1, 1]), ("fsdp2", [0.5, 0.5]), ("tp", [0.92, 0.5]), ("fsdp2_tp", [0.46, 0.25])]
+    + [("fsdp2_groups", [0.5, 0.25])],
 )
 def test_each_rank_keeps_a_part_of_the_network_and_of_its_teacher(strategy, kept, found):
     """Tensor parallel leaves embeddings and head whole, which are most of a small model."""
