@@ -43,7 +43,7 @@ from lightning_modules.language_module import LanguageModule
 from lightning_modules.precision import BF16Shards, BF16Weights
 from lightning_modules.recipe_trainer import RecipeTrainer
 from lightning_modules.redaction import redacted
-from lightning_modules.restarts import join_after_restart
+from lightning_modules.restarts import join
 from lightning_modules.run_folder import find_checkpoint, no_empty_run_folder, require_new, run_folder
 from lightning_modules.schedules import Schedule
 from lightning_modules.strategies import NAMES
@@ -211,7 +211,7 @@ class RecipeCLI(LightningCLI):
             on_cpu = on_cpu and self.config.plan.hardware is None
             plan_without_devices(self.config.plan, trainer)
         else:
-            join_after_restart(on_cpu)
+            join(on_cpu)
         if trainer.precision is None:
             bf16_gpu = self.subcommand == "plan" and not on_cpu
             trainer.precision = "bf16-mixed" if bf16_gpu else hardware.best_precision("cpu" if on_cpu else "cuda")

@@ -1,29 +1,60 @@
-"""What `torchrun --max_restarts` needs to succeed at once."""
+"""How the ranks of torchrun find each other, in each attempt of `--max_restarts`, on one machine and on several."""
 
 import os
+import secrets
+import threading
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+WAIT = timedelta(minutes=5)
+PAUSE = 0.05
+"""Seconds between two looks into the store."""
 
-def join_after_restart(on_cpu: bool) -> None:
-    """Connects the ranks of a second or later attempt of torchrun.
 
-    Its store still holds the keys of the attempt before, and gloo reads them: about half of the restarts failed, see
-    docs/reliability.md. So each attempt has a prefix of its own. Lightning takes the connection that it finds.
+def join(on_cpu: bool) -> None:
+    """Connects the ranks that torchrun starts; Lightning takes the connection that it finds.
+
+    The store of a later attempt still holds the keys of the one before, and gloo reads them: about half of the restarts
+    failed, see docs/reliability.md. So each attempt has a prefix of its own, which the first rank makes up.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or dist.is_initialized():
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if os.environ.get("TORCHELASTIC_RUN_ID") is None or ranks == 1 or dist.is_initialized():
         return
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"])
     of_the_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        ranks,
-        is_master=rank == 0 and not of_the_agent,
-        timeout=timedelta(minutes=5),
-    )
-    backend = "gloo" if on_cpu or not torch.cuda.is_available() else "nccl"
-    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=ranks)
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, ranks, is_master=rank == 0 and not of_the_agent, timeout=WAIT)
+    backend = "gloo" if on_cpu or not torch.cuda.is_available() else None  # None: NCCL, and gloo for what is on the CPU
+    over = threading.Event()
+    attempt = secrets.token_hex(8)
+    if rank == 0:
+        helper = threading.Thread(target=answer, args=(address, ranks, attempt, over), daemon=True)
+        helper.start()
+    else:
+        attempt = ask(store, rank, attempt)
+    try:
+        dist.init_process_group(backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=ranks)
+    finally:
+        over.set()
+
+
+def ask(store: dist.Store, rank: int, question: str) -> str:
+    """The name of the attempt that the first rank is in now: it answers this very question, not one of an attempt that
+    has ended. How many restarts a machine has seen would not do: each counts its own."""
+    store.set(f"question of {rank}", question)
+    store.wait([f"answer to {question}"], WAIT)
+    return store.get(f"answer to {question}").decode()
+
+
+def answer(address: tuple[str, int], ranks: int, attempt: str, over: threading.Event) -> None:
+    """Tells every rank that asks, until all are there."""
+    store = dist.TCPStore(*address, ranks, is_master=False, timeout=WAIT)
+    answered: dict[int, bytes] = {}
+    while not over.wait(PAUSE):
+        for rank in range(1, ranks):
+            key = f"question of {rank}"
+            if store.check([key]) and (question := store.get(key)) != answered.get(rank):
+                store.set(f"answer to {question.decode()}", attempt)
+                answered[rank] = question

@@ -32,12 +32,11 @@ def run_folder(recipe: str, chosen: str | None) -> Path:
 
 
 def moment() -> str:
-    """Date and time; of the ranks that torchrun starts, each with a clock of its own, that of one of them."""
-    now = f"{datetime.now():%Y%m%d-%H%M%S}"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return now
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return store.compare_set(f"moment of attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", "", now).decode()
+    """Date and time; of ranks that are connected already, each with a clock of its own, the first one's."""
+    told = [f"{datetime.now():%Y%m%d-%H%M%S}"]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    return told[0]
 
 
 @contextmanager

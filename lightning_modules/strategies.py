@@ -310,9 +310,7 @@ def matching(base: nn.Module, pattern: str) -> Iterator[nn.Module]:
     return (module for name, module in base.named_modules() if expression.fullmatch(name))
 
 
-def shard(
-    network: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype | None = None, offloads: bool = False
-) -> None:
+def shard(network: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype | None = None, offloads: bool = False) -> None:
     """FSDP2: each layer by itself, then what is left; computed in `dtype`, added up in float32. Of a mesh of two
     dimensions the first has copies."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)

@@ -148,7 +148,7 @@ def main(job: dict) -> None:
         trainer = Trainer(
             accelerator="cpu",
             devices=job["ranks"],
-            strategy=STRATEGIES.get(strategy, lambda: strategy)(),
+            strategy=STRATEGIES[strategy]() if strategy in STRATEGIES else strategy,
             max_steps=STEPS,
             gradient_clip_val=0.5,
             callbacks=[losses],

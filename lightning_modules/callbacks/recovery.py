@@ -22,6 +22,8 @@ from lightning_modules import checkpoint_io, tracking
 
 STEPS_DONE = ".steps_done"
 """Eight bytes beside the checkpoints: the last step that was done, which a killed run cannot tell any more."""
+LEFT = ".left_at_a_signal"
+"""A file beside the checkpoints, as long as a run that was terminated has not gone on: who started it looks for it."""
 
 
 class Recovery(Callback):
@@ -65,6 +67,7 @@ class Recovery(Callback):
             for unfinished in self.folder(trainer).glob(".*.partial"):  # of a run that was killed while it saved
                 checkpoint_io.remove(unfinished)
             require_space(self.folder(trainer), module)
+            (self.folder(trainer) / LEFT).unlink(missing_ok=True)
             if trainer.global_step:
                 self._tell(trainer)
             self._steps_done = open_counter(self.folder(trainer) / STEPS_DONE)
@@ -159,6 +162,8 @@ class Recovery(Callback):
     def _leave(self, trainer: Trainer) -> None:
         path = self._save(trainer)
         if trainer.is_global_zero:
+            if self._leaving == signal.SIGTERM:
+                (self.folder(trainer) / LEFT).touch()
             name = signal.Signals(self._leaving).name
             print(
                 f"{name} at step {trainer.global_step}: {path} is written; the same command goes on with "

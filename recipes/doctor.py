@@ -1,0 +1,53 @@
+"""Look at the machines before they train: devices, versions, clocks, data, disk and network, in seconds.
+
+Run:
+    python recipes/doctor.py --folder runs
+    torchrun --nproc-per-node 8 recipes/doctor.py --folder /shared/runs --data.path /shared/texts
+    torchrun --nnodes 8 --nproc-per-node 8 … recipes/doctor.py --folder /shared/runs --checkpoint_gb 96
+
+Ends with 1 where a check has failed, and with 2 where it could not begin.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_modules.command_line import OneLineParser, one_line_errors
+
+
+@dataclass
+class Data:
+    """What the run will read.
+
+    Args:
+        path: A file or a folder, which every machine has to see.
+    """
+
+    path: Path | None = None
+
+
+def examine(folder: Path = Path("runs"), data: Data | None = None, checkpoint_gb: float | None = None) -> None:
+    """Looks.
+
+    Args:
+        folder: Where runs are written to.
+        data: What they read.
+        checkpoint_gb: Size of a checkpoint, as the plan says it; two of them have to fit.
+    """
+    from lightning_modules.doctor import Ranks, passed
+
+    path = data.path if data is not None else None
+    if not passed(Ranks(), folder, path, None if checkpoint_gb is None else 1e9 * checkpoint_gb):
+        sys.exit(1)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_function_arguments(examine, as_group=False)
+    options = parser.instantiate(parser.parse_args(arguments))
+    with one_line_errors():
+        examine(**options)
+
+
+if __name__ == "__main__":
+    main()
