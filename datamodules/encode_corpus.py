@@ -62,7 +62,7 @@ class DifferentIds(Exception):
 
 @dataclass(frozen=True)
 class _Job:
-    corpus: Corpus
+    corpus: Corpus | None
     encoder: Encoder
     reference: Encoder | None
     start_id: int
@@ -78,6 +78,21 @@ def encode_corpus(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBa
         except DifferentIds as difference:
             print(f"{encoder.name} {difference}; encoding by the tokenizer itself, more slowly", file=sys.stderr)
     raise AssertionError("the tokenizer differs from itself")
+
+
+def encoded_in_order(tokenizer: PreTrainedTokenizerBase, pieces: Iterator[Piece]) -> Iterator[Encoded]:
+    """Stretches of whole documents, by one thread and the fastest encoder whose ids are those of the tokenizer."""
+    *fast, slow = encoders(tokenizer)
+    encoder = next((other for other in fast if same_ids(other, slow, TRICKY_TEXTS)), slow)
+    unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id != document_start(tokenizer) else None
+    job = _Job(None, encoder, None, document_start(tokenizer), unknown_id)
+    for number, group in enumerate(_groups(_whole_documents(pieces))):
+        if number % _SAMPLES == 0 and encoder is not slow:
+            samples = [piece.text[:_SAMPLE_CHARACTERS] for piece in group[:1]]
+            if not same_ids(encoder, slow, samples):
+                text = samples[0][:40]
+                raise ValueError(f"{encoder.name} gives other ids than the tokenizer for {text!r}…; pass another one")
+        yield _encode_group(job, group)
 
 
 def _write(

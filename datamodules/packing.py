@@ -15,6 +15,13 @@ def row_count(stream_length: int, seq_len: int) -> int:
 def cut_rows(stream_N: np.ndarray, rows_B: np.ndarray, seq_len: int, fill: int) -> np.ndarray:
     """(B, T) int64: row r is tokens r·T to (r + 1)·T of the stream, `fill` beyond its end."""
     full = len(stream_N) // seq_len
+    if not isinstance(stream_N, np.ndarray):  # of shards, of which a range is read at a time
+        tokens_BT = np.full((len(rows_B), seq_len), fill, np.int64)
+        for tokens_T, row in zip(tokens_BT, rows_B.tolist(), strict=True):
+            if row <= full:
+                part = stream_N[row * seq_len : (row + 1) * seq_len]
+                tokens_T[: len(part)] = part
+        return tokens_BT
     grid = stream_N[: full * seq_len].reshape(full, seq_len)
     if (rows_B < full).all():
         return grid[rows_B].astype(np.int64)

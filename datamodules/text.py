@@ -16,7 +16,9 @@ from datamodules.corpus import Split, open_corpus
 from datamodules.corruption import noise_counts, raw_length
 from datamodules.encode_corpus import corpus_tokenizer, encode_corpus
 from datamodules.encoding import token_bytes
+from datamodules.mixture import Mixed, MixedRows
 from datamodules.ordered import Ordered
+from datamodules.prepared import Prepared, is_prepared, joined, open_prepared
 from datamodules.row_order import HeldOutOrder, Shuffled
 from datamodules.rows import CausalRows, DenoisingRows, Loader, MaskedRows, Rows, row_loader
 from datamodules.sources import ContentHashes
@@ -41,8 +43,9 @@ class Text(Ordered):
 
     Args:
         path: Files, folders or globs (txt, md, py: a document each; jsonl, json, csv, tsv, parquet: a document a row;
-            .gz, .xz or .zst of them), or the name of a Hub data set ("owner/name", "owner/name:config"). Left out:
-            the Python standard library on this machine.
+            .gz, .xz or .zst of them), or the name of a Hub data set ("owner/name", "owner/name:config"); or what
+            recipes/prepare.py has written, here or elsewhere (s3://…), several of them with their weights:
+            {prepared/web: 0.7, prepared/code: 0.3}. Left out: the Python standard library on this machine.
         val_path: Held-out text, like `path`. Left out: a part of `path`.
         val_fraction: Share of the files to hold out, by a hash of their content; of a single file its last part.
         text_column: The column that holds the text, where a document is a row.
@@ -67,7 +70,7 @@ class Text(Ordered):
 
     def __init__(
         self,
-        path: str | list[str] | None = None,
+        path: str | list[str] | dict[str, float] | None = None,
         val_path: str | list[str] | None = None,
         val_fraction: float = 0.05,
         text_column: str = "text",
@@ -119,7 +122,10 @@ class Text(Ordered):
         self.cache_dir = cache_root(cache_dir)
         self.seed = seed
         self.allow_changed_data = allow_changed_data
-        self.store: TokenStore | None = None
+        self.store: TokenStore | Prepared | None = None
+        self.sources: list[Prepared] = []
+        """Where --data.path is shards: each folder with its weight in `weights`."""
+        self.weights: list[float] = []
 
     # Preparation
 
@@ -135,8 +141,7 @@ class Text(Ordered):
         self.token_bytes: Tensor = token_bytes(
             self.tokenizer, self.vocab_size, mean=counts.bytes / max(1, counts.tokens)
         )
-        self.train_rows = self._rows(self.store.train)
-        self.val_rows = self._rows(self.store.val)
+        self.train_rows, self.val_rows = self._all_rows("train"), self._all_rows("val")
         self.rows_per_epoch = len(self.train_rows)
         self.tokens_per_row: float = self.seq_len
         if self.teacher_cache is not None:
@@ -168,7 +173,7 @@ class Text(Ordered):
 
     def batches_in_order(self, first: int, last: int) -> Iterator[Batch]:
         """The rows of training from a place of their order to another."""
-        order = Shuffled(self.rows_per_epoch, self.seed)
+        order = self._order()
         for start in range(first, last, self.batch_size):
             places_B = np.arange(start, min(last, start + self.batch_size))
             yield self.train_rows.__getitems__(np.stack([places_B, order(places_B)]))
@@ -177,7 +182,7 @@ class Text(Ordered):
         """Whether the cache lacks some of the first rows of the order of training; of many, evenly spaced ones are
         looked for."""
         places_B = np.unique(np.linspace(0, rows - 1, min(rows, looked_at)).astype(np.int64))
-        order = Shuffled(self.rows_per_epoch, self.seed)
+        order = self._order()
         parts = np.array_split(places_B, -(-len(places_B) // 256))
         batches = (self.train_rows.rows.__getitems__(np.stack([part, order(part)])) for part in parts)
         return any(row not in self.teacher_cache.places for batch in batches for row in row_hashes(batch))
@@ -188,6 +193,8 @@ class Text(Ordered):
 
     def _open(self, build: bool) -> None:
         """Finds the corpus, its tokenizer and its tokens; makes what is missing where `build` allows."""
+        if self._opened_prepared():
+            return
         hashes = ContentHashes(self.cache_dir / "file_hashes.json")
         skip_bad_rows = self.on_bad_row == "skip"
         self.corpus = open_corpus(self.path, self.val_path, self.val_fraction, self.text_column, skip_bad_rows, hashes)
@@ -202,6 +209,37 @@ class Text(Ordered):
         if self.store is None:
             raise ValueError(f"{self._text_name} changed since its tokens were made; start again")
         self._require_rows(self.store)
+
+    def _opened_prepared(self) -> bool:
+        """Whether --data.path is shards that are there already."""
+        if not isinstance(self.path, dict) and not is_prepared(self.path, self.cache_dir):
+            return False
+        weights = self.path if isinstance(self.path, dict) else {self.path: 1.0}
+        for name, weight in weights.items():
+            if not is_prepared(name, self.cache_dir):
+                raise ValueError(f"--data.path {name} was not prepared: python recipes/prepare.py writes such folders")
+            if weight <= 0:
+                raise ValueError(f"--data.path gives {name} the weight {weight}; pass one above 0, or leave it out")
+        if self.val_path is not None or self.tokenizer_name is not None:
+            flag = "--data.val_path" if self.val_path is not None else "--data.tokenizer"
+            raise ValueError(f"{flag} was decided when the text was prepared; leave it out")
+        self.sources = [open_prepared(name, self.cache_dir) for name in weights]
+        self.weights = list(weights.values())
+        self.store = self.corpus = joined(self.sources)
+        self.tokenizer = self.store.tokenizer
+        require_special_tokens(self.tokenizer, self.objective, self._spans)
+        self._require_rows(self.store)
+        return True
+
+    def _all_rows(self, split: Split) -> Rows:
+        if len(self.sources) < 2:
+            return self._rows(getattr(self.store, split))
+        return MixedRows([self._rows(getattr(source, split)) for source in self.sources])
+
+    def _order(self) -> Shuffled | Mixed:
+        if len(self.sources) < 2:
+            return Shuffled(self.rows_per_epoch, self.seed)
+        return Mixed([len(rows) for rows in self.train_rows.sources], self.weights, self.seed)
 
     @property
     def _spans(self) -> int:
@@ -225,6 +263,8 @@ class Text(Ordered):
     def _text_name(self) -> str:
         if self.path is None:
             return f"the standard library of Python {sys.version_info.major}.{sys.version_info.minor}"
+        if isinstance(self.path, dict):
+            return ", ".join(f"{weight:g} {name}" for name, weight in self.path.items())
         return self.path if isinstance(self.path, str) else ", ".join(self.path)
 
     @property
@@ -256,7 +296,7 @@ class Text(Ordered):
         )
 
     def train_dataloader(self) -> Loader:
-        order = self.training_order(Shuffled(self.rows_per_epoch, self.seed))
+        order = self.training_order(self._order())
         return row_loader(self.train_rows, order, self.num_workers)
 
     def val_dataloader(self) -> Loader:
@@ -279,7 +319,7 @@ class Text(Ordered):
             "seed": self.seed,
             "seq_len": self.seq_len,
             "objective": self.objective,
-            "text": self.corpus.digest,
+            "text": self.corpus.digest + (f" {self.weights}" if len(self.sources) > 1 else ""),
             "tokenizer": fingerprint(self.tokenizer),
             "rows_per_epoch": self.rows_per_epoch,
         }
@@ -328,10 +368,13 @@ class Text(Ordered):
         """What the plan before training says of the text."""
         assert self.store is not None, "describe() is for after setup()"
         train, val, about = self.store.train.counts, self.store.val.counts, self.store.about
-        held_out = [source.name for source in self.corpus.val]
+        if self.sources:
+            files, held_out = about["files"], f"{val.documents:,} documents"
+        else:
+            files, held_out = len(self.corpus.train) + len(self.corpus.val), [s.name for s in self.corpus.val]
         return {
             "text": self._text_name,
-            "files": len(self.corpus.train) + len(self.corpus.val),
+            "files": files,
             "held_out": held_out or f"the last {self.val_fraction:.1%} of {self.corpus.train[0].name}",
             "tokenizer": self.tokenizer_name or self.start or "bpe",
             "vocab_size": self.vocab_size,

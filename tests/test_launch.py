@@ -96,7 +96,7 @@ def test_every_flag_is_one_of_the_recipe(file, capsys):
     with pytest.raises(SystemExit) as stop:
         run("fit", **{"config": ROOT / "recipes" / "pretrain_llama_8b.yaml", "print_config": True} | flags)
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert stop.value.code == 0 and printed["trainer"]["devices"] == 8 and printed["ckpt_path"] == "last"
+    assert stop.value.code == 0 and int(printed["trainer"]["devices"]) == 8 and printed["ckpt_path"] == "last"
 
 
 def examined(tmp_path: Path, *flags: str, ranks: int = 1) -> tuple[int, str]:
