@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -26,6 +27,7 @@ from lightning.pytorch.loggers import WandbLogger
 from transformers import PreTrainedConfig
 
 from lightning_modules import hardware, tracking
+from lightning_modules.callbacks.agreement import Agreement
 from lightning_modules.callbacks.comparison import Comparison
 from lightning_modules.callbacks.guard import Guard
 from lightning_modules.callbacks.horizon import Horizon
@@ -43,7 +45,7 @@ from lightning_modules.language_module import LanguageModule
 from lightning_modules.precision import BF16Shards, BF16Weights
 from lightning_modules.recipe_trainer import RecipeTrainer
 from lightning_modules.redaction import redacted
-from lightning_modules.restarts import join
+from lightning_modules.restarts import join, require_free_port
 from lightning_modules.run_folder import find_checkpoint, no_empty_run_folder, require_new, run_folder
 from lightning_modules.schedules import Schedule
 from lightning_modules.strategies import NAMES
@@ -62,6 +64,9 @@ IMPORTABLE = (
 """Packages whose classes a configuration may name; --allow_import PACKAGE adds one."""
 NEVER = ("lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function")
 """Calls whatever it is given."""
+
+
+FLAT = str | int | float | bool | list | dict | None
 
 
 class Parser(OneLineParser, LightningArgumentParser):
@@ -212,6 +217,10 @@ class RecipeCLI(LightningCLI):
             plan_without_devices(self.config.plan, trainer)
         else:
             join(on_cpu)
+            if trainer.devices not in (1, "auto"):
+                require_free_port()
+        if not on_cpu and torch.cuda.is_available() and not dist.is_nccl_available() and trainer.devices != 1:
+            raise ValueError("this build of torch has no NCCL, by which GPUs talk; install one for CUDA on Linux")
         if trainer.precision is None:
             bf16_gpu = self.subcommand == "plan" and not on_cpu
             trainer.precision = "bf16-mixed" if bf16_gpu else hardware.best_precision("cpu" if on_cpu else "cuda")
@@ -269,6 +278,8 @@ class RecipeCLI(LightningCLI):
         ):
             own = [HeldOutPredictions()]
         settings["callbacks"] = [*(self._get(self.config_init, "trainer")["callbacks"] or []), *own]
+        if self.subcommand == "fit":
+            settings["callbacks"].append(Agreement(flags_of(self.config[self.subcommand])))
         trainer = super().instantiate_trainer(**settings)
         # Comparison adds to what Report has written; Recovery may leave: all others first.
         last = (Comparison, Recovery)
@@ -306,6 +317,16 @@ def kind_of(strategy: object) -> Literal["whole", "sharded", "other"]:
     if name in {*NAMES, *(found.__name__ for found in NAMES.values())}:
         return "sharded"
     return "whole" if name == "auto" or name.lower().startswith("ddp") else "other"
+
+
+NOT_ALIKE = ("config", "trainer.default_root_dir", "ckpt_path")
+"""Flags in which ranks may differ: machines may have other paths."""
+
+
+def flags_of(config: Namespace) -> dict[str, object]:
+    """Every flag by its name, as text; classes that are given already by their own."""
+    plain = {name: value for name, value in vars(config.as_flat()).items() if not name.startswith(NOT_ALIKE)}
+    return {name: value if isinstance(value, FLAT) else type(value).__name__ for name, value in plain.items()}
 
 
 def name_of(strategy: object) -> str:

@@ -64,7 +64,7 @@ class Ranks:
 def checks(ranks: Ranks, folder: Path, data: Path | None, checkpoint_bytes: float | None) -> Iterator[Check]:
     """In the order of what they cost."""
     yield devices(ranks)
-    yield alike(ranks, "versions", {name: version(name) for name in PACKAGES} | {"Python": platform.python_version()})
+    yield alike(ranks, "versions", versions())
     yield alike(ranks, "source", {"digest": source_digest()})
     yield clocks(ranks)
     if data is not None:
@@ -93,6 +93,10 @@ def alike(
                 other = f", {value} on rank 0" if found[key] != value else ""
                 return Check(name, False, f"{key} {found[key]} on rank {rank} ({host}){other}")
     return Check(name, True, ", ".join(f"{key} {value}" for key, value in mine.items()))
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES} | {"Python": platform.python_version()}
 
 
 def source_digest() -> str:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import socket
 import threading
 from datetime import timedelta
 
@@ -38,6 +39,23 @@ def join(on_cpu: bool) -> None:
         dist.init_process_group(backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=ranks)
     finally:
         over.set()
+
+
+def require_free_port() -> None:
+    """Raises OSError where the port that MASTER_PORT names is another's: ranks would wait for each other there. Without
+    it, or under torchrun, a free one is found."""
+    port = os.environ.get("MASTER_PORT")
+    if port is None or "LOCAL_RANK" in os.environ or int(os.environ.get("NODE_RANK", 0)):
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((os.environ.get("MASTER_ADDR", "127.0.0.1"), int(port)))
+        except OSError:
+            raise OSError(
+                f"the port {port} by which ranks find each other is in use: another run may be there; pass another by "
+                "MASTER_PORT=…"
+            ) from None
 
 
 def ask(store: dist.Store, rank: int, question: str) -> str:

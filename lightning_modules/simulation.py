@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from datamodules.base import Batch
 from lightning_modules.hardware import PLANNED_FOR
 from lightning_modules.losses import IGNORED
 from lightning_modules.shards import local
@@ -30,6 +29,9 @@ if TYPE_CHECKING:
     from lightning_modules.scheduled_step import ScheduledStep
 
 aten = torch.ops.aten
+
+
+Batch = dict[str, Tensor]
 
 
 class Footprint(NamedTuple):

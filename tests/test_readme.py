@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from transformers import BertConfig, BertForMaskedLM
 
 from datamodules.tokenization import bpe_tokenizer
+from recipes import prepare
 from tests.distilling import run as distill
 from tests.finetuning import run as finetune
 from tests.test_recipes import ROOT, SMALL, TOY, fit
@@ -58,6 +60,18 @@ def place(tmp_path_factory, corpus):
         patch.chdir(folder)
         tuned = ["--data.path=reviews.csv", "--model.from=runs/mine", "--trainer.default_root_dir=runs/tuned"]
         finetune("fit", *tuned, "--trainer.max_steps=2", "--trainer.val_check_interval=2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        for name in ("texts", "web"):
+            words = [
+                "--data.path",
+                str(corpus),
+                "--data.tokenizer",
+                "bytes",
+                "--output",
+                str(folder / "prepared" / name),
+            ]
+            prepare.main(words)
     for name in ("texts", "my_texts"):
         (folder / name).symlink_to(corpus)
     (folder / "recipes").symlink_to(ROOT / "recipes")
@@ -83,6 +97,11 @@ def test_a_command_runs_as_it_is_written(command, place, monkeypatch, capsys):
         arguments = arguments[:-2]
     if arguments[0] == "replay":
         arguments = ["replay", "--run", "run", "--step", "2"]
+    elif script == "recipes/prepare.py":
+        arguments = [re.sub("web/.*|my_texts/", "texts", re.sub("^gpt2$", "bytes", argument)) for argument in arguments]
+        shutil.rmtree(arguments[arguments.index("--output") + 1], ignore_errors=True)
+    elif script == "recipes/doctor.py":
+        arguments = [re.sub("^/shared", str(place), argument) for argument in arguments]
     elif script == "recipes/pretrain.py":
         arguments += toy_flags(arguments)
     elif script == "recipes/distill.py":
@@ -125,6 +144,8 @@ def toy_flags(arguments: list[str]) -> list[str]:
         small = SMALL[arguments[arguments.index("--model.architecture") + 1].rpartition(".")[2]]
     toy = TOY | {f"model.architecture.{name}": value for name, value in small.items()}
     toy |= {} if "data.path" in given else {"data.path": "texts"}
+    if any(argument.lstrip("{").startswith("prepared/") for argument in arguments):
+        toy["data.vocab_size"] = 4096  # as it was prepared
     if "data.tokenizer" in given:  # a Hub name, out of reach here
         toy |= {"data.tokenizer": "bytes"}
     forced = {"trainer.devices", "trainer.strategy", "trainer.max_steps", "data.tokenizer"}
