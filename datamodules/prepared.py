@@ -36,6 +36,14 @@ class Shard:
     tokens: int
     """Ids, those that begin documents included."""
     documents: int
+    file: str = ""
+    """Of its tokens, where that is not its name with .bin."""
+    begin: int = 0
+    """The byte of the first token."""
+
+    @property
+    def tokens_file(self) -> str:
+        return self.file or f"{self.name}.bin"
 
 
 @dataclass(frozen=True)
@@ -105,15 +113,15 @@ class Tokens:
 
     def _of_shard(self, shard: Shard, start: int, stop: int) -> np.ndarray:
         if "://" not in shard.folder:
-            return mapped(f"{shard.folder}/{shard.name}.bin", self.dtype.name)[start:stop]
-        file = opened_by(os.getpid(), shard.folder, f"{shard.name}.bin", self.cache)
-        file.seek(start * self.dtype.itemsize)
+            return mapped(f"{shard.folder}/{shard.tokens_file}", self.dtype.name, shard.begin)[start:stop]
+        file = opened_by(os.getpid(), shard.folder, shard.tokens_file, self.cache)
+        file.seek(shard.begin + start * self.dtype.itemsize)
         return np.frombuffer(file.read((stop - start) * self.dtype.itemsize), self.dtype)
 
 
 @lru_cache(maxsize=256)
-def mapped(file: str, dtype: str) -> np.ndarray:
-    return np.asarray(np.memmap(file, dtype, "r"))
+def mapped(file: str, dtype: str, begin: int) -> np.ndarray:
+    return np.asarray(np.memmap(file, dtype, "r", offset=begin))
 
 
 @lru_cache(maxsize=64)
@@ -139,10 +147,19 @@ class ShardedStream:
     def document_bounds(self) -> np.ndarray:
         bounds, offset = [], 0
         for shard in self.shards:
-            with Place(shard.folder, self.cache).open(f"{shard.name}.npy") as file:
-                bounds.append(np.load(io.BytesIO(file.read())) + offset)
+            bounds.append(self._starts(shard) + offset)
             offset += shard.tokens
         return np.concatenate([*bounds, [offset]])
+
+    def _starts(self, shard: Shard) -> np.ndarray:
+        """Where documents begin in it."""
+        place = Place(shard.folder, self.cache)
+        if shard.file:  # of litdata
+            from datamodules.litdata_shards import item_starts
+
+            return item_starts(place, shard.file, self.dtype)[0][:-1]
+        with place.open(f"{shard.name}.npy") as file:
+            return np.load(io.BytesIO(file.read()))
 
     def __len__(self) -> int:
         return self.counts.tokens + self.counts.documents

@@ -16,6 +16,7 @@ from datamodules.corpus import Split, open_corpus
 from datamodules.corruption import noise_counts, raw_length
 from datamodules.encode_corpus import corpus_tokenizer, encode_corpus
 from datamodules.encoding import token_bytes
+from datamodules.litdata_shards import is_litdata, open_litdata
 from datamodules.mixture import Mixed, MixedRows
 from datamodules.ordered import Ordered
 from datamodules.prepared import Prepared, is_prepared, joined, open_prepared
@@ -45,7 +46,8 @@ class Text(Ordered):
         path: Files, folders or globs (txt, md, py: a document each; jsonl, json, csv, tsv, parquet: a document a row;
             .gz, .xz or .zst of them), or the name of a Hub data set ("owner/name", "owner/name:config"); or what
             recipes/prepare.py has written, here or elsewhere (s3://…), several of them with their weights:
-            {prepared/web: 0.7, prepared/code: 0.3}. Left out: the Python standard library on this machine.
+            {prepared/web: 0.7, prepared/code: 0.3}; or token shards of litdata. Left out: the Python standard library
+            on this machine.
         val_path: Held-out text, like `path`. Left out: a part of `path`.
         val_fraction: Share of the files to hold out, by a hash of their content; of a single file its last part.
         text_column: The column that holds the text, where a document is a row.
@@ -212,6 +214,8 @@ class Text(Ordered):
 
     def _opened_prepared(self) -> bool:
         """Whether --data.path is shards that are there already."""
+        if not isinstance(self.path, dict) and is_litdata(self.path, self.cache_dir):
+            return self._opened_litdata()
         if not isinstance(self.path, dict) and not is_prepared(self.path, self.cache_dir):
             return False
         weights = self.path if isinstance(self.path, dict) else {self.path: 1.0}
@@ -227,6 +231,18 @@ class Text(Ordered):
         self.weights = list(weights.values())
         self.store = self.corpus = joined(self.sources)
         self.tokenizer = self.store.tokenizer
+        require_special_tokens(self.tokenizer, self.objective, self._spans)
+        self._require_rows(self.store)
+        return True
+
+    def _opened_litdata(self) -> bool:
+        if not is_litdata(self.val_path, self.cache_dir) or self.tokenizer_name is None:
+            raise ValueError(
+                f"{self.path} was written by litdata: pass such a folder with held-out text by --data.val_path, and "
+                "the tokenizer of both by --data.tokenizer"
+            )
+        self.store = self.corpus = open_litdata(self.path, self.val_path, self.tokenizer_name, self.cache_dir)
+        self.sources, self.tokenizer = [self.store], self.store.tokenizer
         require_special_tokens(self.tokenizer, self.objective, self._spans)
         self._require_rows(self.store)
         return True

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace, set_parsing_settings
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -185,6 +186,12 @@ class RecipeCLI(LightningCLI):
             parser.add_lightning_class_args(Samples, "samples")
             if not self.subclass_mode_data:
                 parser.link_arguments("model", "data.objective", compute_fn=_objective)
+        parser.add_argument(
+            "--global_batch_size",
+            type=PositiveInt | None,
+            default=None,
+            help="Rows of a step, of all ranks together: --trainer.accumulate_grad_batches follows from it.",
+        )
         if issubclass(self.default_model, Taught):
             parser.add_lightning_class_args(Comparison, "comparison")
         parser.add_lightning_class_args(Recovery, "recovery")
@@ -224,6 +231,10 @@ class RecipeCLI(LightningCLI):
         if trainer.precision is None:
             bf16_gpu = self.subcommand == "plan" and not on_cpu
             trainer.precision = "bf16-mixed" if bf16_gpu else hardware.best_precision("cpu" if on_cpu else "cuda")
+        if (rows := self.config[self.subcommand].get("global_batch_size")) is not None:
+            data = self.config[self.subcommand].data
+            of_rank = getattr(data, "init_args", data).batch_size
+            trainer.accumulate_grad_batches = accumulated(rows, of_rank, groups_of_ranks(trainer))
         if isinstance(trainer.val_check_interval, int) and trainer.check_val_every_n_epoch == 1:
             # Steps counted on through epochs: text of fewer batches than the interval is trained on, too.
             trainer.check_val_every_n_epoch = None
@@ -317,6 +328,34 @@ def kind_of(strategy: object) -> Literal["whole", "sharded", "other"]:
     if name in {*NAMES, *(found.__name__ for found in NAMES.values())}:
         return "sharded"
     return "whole" if name == "auto" or name.lower().startswith("ddp") else "other"
+
+
+def groups_of_ranks(trainer: Namespace) -> int:
+    """How many ranks see different rows."""
+    devices = trainer.devices
+    if isinstance(devices, list):
+        devices = len(devices)
+    elif devices in ("auto", -1, "-1"):
+        on_cpu = trainer.accelerator == "cpu" or not torch.cuda.is_available()
+        devices = 1 if on_cpu else torch.cuda.device_count()
+    ranks = int(devices) * trainer.num_nodes
+    name = name_of(trainer.strategy)
+    if name in ("tp", "TensorParallel"):
+        return 1
+    if name in ("fsdp2_tp", "FSDP2TensorParallel"):
+        settings = getattr(trainer.strategy, "init_args", Namespace())
+        return ranks // (settings.get("tensor_parallel_size") or (int(devices) if trainer.num_nodes > 1 else 2))
+    return ranks
+
+
+def accumulated(rows: int, of_rank: int, ranks: int) -> int:
+    """Micro-batches of a step."""
+    if rows % (of_rank * ranks):
+        raise ValueError(
+            f"--global_batch_size {rows} is no multiple of {of_rank} rows on each of {ranks} ranks; pass one of "
+            f"{of_rank * ranks}, or another --data.batch_size"
+        )
+    return rows // (of_rank * ranks)
 
 
 NOT_ALIKE = ("config", "trainer.default_root_dir", "ckpt_path")

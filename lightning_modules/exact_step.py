@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -275,9 +276,9 @@ class ExactStep(LightningModule):
         told = self._sums.new_tensor([*self.wishes, 0.0 if self.global_rank else self.clock()])
         sums = self._sums * self.counts_its_rows
         mine = [sums, told, (~torch.isfinite(norm)).double()[None]]
-        cut = is_sharded(self._stepped)
+        cut = is_sharded(self._stepped) or isinstance(self.trainer.strategy, FSDPStrategy)
         if cut:
-            alike = [copies(p, self.trainer.world_size) for p in self._stepped for _ in in_pieces(local(p.grad))]
+            alike = [self._copies(p) for p in self._stepped for _ in in_pieces(local(p.grad))]
             mine.append((norms.double().square() / norms.new_tensor(alike)).sum()[None])
         reduced = self.trainer.strategy.reduce(torch.cat(mine), reduce_op="sum")
         if cut:
@@ -298,6 +299,13 @@ class ExactStep(LightningModule):
         self._scale = divided_by / count
         self.step_grad_norm = norm * self._scale
         self.step_is_finite = bool(torch.isfinite(nats) & (not_finite == 0))
+
+    def _copies(self, parameter: nn.Parameter) -> int:
+        """How many ranks have the same part of it."""
+        ranks, strategy = self.trainer.world_size, self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy):  # each rank a part of all, in groups where it is hybrid
+            return ranks // strategy.model.process_group.size()
+        return copies(parameter, ranks)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Scales to the mean over the step's tokens and clips by the norm over all gradients in float32, in one pass,

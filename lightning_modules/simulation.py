@@ -193,6 +193,9 @@ def stand_in(module: "ScheduledStep") -> Iterator[None]:
         *(teacher.network for teacher in getattr(module, "teachers", []) if teacher.network is not None),
     ]
     with ExitStack() as stack:
+        for part in (part for network in networks for part in network.modules()):
+            stack.callback(setattr, part, "_compiled_call_impl", part._compiled_call_impl)
+            part._compiled_call_impl = None  # which would be compiled for fake tensors
         for network in networks:
             tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
             fakes = {name: like(tensor) for name, tensor in tensors.items()}

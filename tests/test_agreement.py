@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from jsonargparse import Namespace
 
 from lightning_modules.callbacks.agreement import difference
+from lightning_modules.cli import accumulated, groups_of_ranks
 from lightning_modules.restarts import require_free_port
 from tests.test_ddp import ROOT
-from tests.test_recipes import SMALL, TOY
+from tests.test_recipes import SMALL, TOY, fit
 
 
 def test_the_first_difference_is_named():
@@ -81,3 +83,29 @@ def test_a_port_in_use_is_one_line(monkeypatch):
         require_free_port()
     monkeypatch.delenv("LOCAL_RANK")
     require_free_port()
+
+
+@pytest.mark.parametrize(
+    ("flags", "micro_batches"),
+    [
+        ({}, 6),
+        ({"devices": 2, "strategy": "ddp"}, 3),
+        ({"devices": 2, "strategy": "tp"}, 6),
+        ({"devices": 4, "strategy": "fsdp2_tp"}, 3),
+        ({"devices": 3, "num_nodes": 2, "strategy": "fsdp2_tp"}, 3),
+        ({"devices": [0, 1, 2], "strategy": "fsdp2"}, 2),
+    ],
+)
+def test_micro_batches_follow_from_the_rows_of_a_step(flags, micro_batches):
+    trainer = Namespace(**({"devices": 1, "num_nodes": 1, "strategy": "auto", "accelerator": "cpu"} | flags))
+    assert accumulated(24, 4, groups_of_ranks(trainer)) == micro_batches
+
+
+def test_rows_of_a_step_that_do_not_divide_are_one_line(corpus, tmp_path, capsys):
+    flags = {"trainer.accumulate_grad_batches": 1, "data.batch_size": 4}
+    summary = fit(tmp_path, corpus, **flags, **{"global_batch_size": 12})
+    assert summary["tokens"] == 2 * 12 * 32
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path / "other", corpus, **flags, **{"global_batch_size": 10})
+    assert stop.value.code == 2
+    assert "--global_batch_size 10 is no multiple of 4 rows on each of 1 ranks" in capsys.readouterr().err

@@ -69,7 +69,6 @@ def test_each_rank_of_many_keeps_its_part(corpus, tmp_path):
     for part in ("weights", "optimizer"):
         # Vectors of 64 numbers are shared among 64 ranks, too; what is left over is padding.
         assert many["memory"][part] == pytest.approx(one["memory"][part] / 64, rel=0.2), part
-    assert "gathered weights" in many["memory"] and "gathered weights" not in one["memory"]
     assert many["memory"]["activations"] > 0.8 * one["memory"]["activations"]
 
     copies = on(devices=8, **adamw, **{"trainer.strategy": "ddp"})

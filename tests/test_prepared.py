@@ -300,3 +300,55 @@ def test_what_is_prepared_is_not_written_over(two, capsys):
         made(two[0], two[0].parent / "a")
     assert stop.value.code == 2 and "is prepared already" in capsys.readouterr().err
     open_prepared(str(two[0]), Path())  # it is as it was
+
+
+def written_by_litdata(folder: Path, documents: list[list[int]], dtype: str, **config: object) -> Path:
+    """In its format: number of items, where they begin, their bytes; seven items a chunk."""
+    folder.mkdir(parents=True)
+    chunks = []
+    for number in range(0, len(documents), 7):
+        items = [np.array(ids, dtype).tobytes() for ids in documents[number : number + 7]]
+        starts = np.cumsum([4 * (len(items) + 2), *map(len, items)])
+        header = np.array([len(items), *starts], np.uint32).tobytes()
+        name = f"chunk-0-{number // 7}.bin"
+        (folder / name).write_bytes(header + b"".join(items))
+        chunks.append({"chunk_bytes": 1, "chunk_size": len(items), "dim": None, "filename": name})
+    config = {"compression": None, "encryption": None, "item_loader": "TokensLoader"} | config
+    (folder / "index.json").write_text(json.dumps({"chunks": chunks, "config": config}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("dtype", "data_format"),
+    [("int32", "no_header_tensor:16"), ("uint16", "no_header_tensor:20"), ("uint16", "no_header_numpy:5")],
+)
+def test_shards_of_litdata_are_read(dtype, data_format, two, tmp_path):
+    texts = [f"text {i} of those" * (i % 3 + 1) for i in range(20)]
+    tokenizer = open_prepared(str(two[0]), tmp_path).tokenizer
+    documents = [tokenizer(text)["input_ids"] for text in texts]
+    train = written_by_litdata(tmp_path / "train", documents[:16], dtype, data_format=[data_format])
+    val = written_by_litdata(tmp_path / "val", documents[16:], dtype, data_format=[data_format])
+    data = opened(str(train), val_path=str(val), tokenizer=f"{two[0]}/tokenizer", cross_document_attention=False)
+    assert data.store.train.tokens_N[0 : len(data.store.train)].tolist() == sum(documents[:16], [])
+    assert np.array_equal(data.store.train.document_bounds, np.cumsum([0, *map(len, documents[:16])]))
+    assert data.store.val.counts.bytes == sum(len(text) for text in texts[16:])
+    seen = np.concatenate([batch["input_ids"].numpy() for batch in data.train_dataloader()])
+    assert seen.shape[1] == 16 and (next(iter(data.train_dataloader()))["position_ids"] == 0).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"compression": "zstd"}, "is compressed or encrypted"),
+        ({"data_format": ["jpeg"]}, "no one-dimensional tensors"),
+        ({"item_loader": "PyTreeLoader"}, "write it with item_loader=TokensLoader()"),
+        ({}, "pass such a folder with held-out text by --data.val_path"),
+    ],
+)
+def test_what_cannot_be_read_of_litdata_is_one_line(change, said, two, tmp_path, capsys):
+    config = {"data_format": ["no_header_tensor:16"]} | change
+    folder = written_by_litdata(tmp_path / "train", [[1, 2, 3]] * 9, "int32", **config)
+    flags = {"data.path": folder, "data.tokenizer": f"{two[0]}/tokenizer", "trainer.max_steps": 1}
+    with pytest.raises(SystemExit) as stop:
+        run("fit", **flags, **({"data.val_path": folder} if change else {}))
+    assert stop.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
