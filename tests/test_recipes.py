@@ -27,6 +27,7 @@ SMALL = {
 TOY = {
     "trainer.accelerator": "cpu",
     "trainer.devices": 1,
+    "trainer.num_nodes": 1,
     "trainer.strategy": "auto",
     "trainer.max_steps": 2,
     "trainer.max_time": "null",
