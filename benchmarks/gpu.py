@@ -8,6 +8,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import precision
 import torch
 import yaml
 from page import ROOT, Goal, Table
@@ -29,6 +30,10 @@ def training(rounds: int, turn_seconds: float) -> list[Table]:
         table.goals.append(goal)
         tables.append(table)
     return tables
+
+
+def precisions(steps: int = 50) -> list[Table]:
+    return [precision.table(size, "cuda", steps, COMMAND) for size in (GPT2_GPU, LLAMA_1B)]
 
 
 def nanogpt_gpu_config() -> dict[str, dict]:

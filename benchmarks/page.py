@@ -100,6 +100,11 @@ Python {platform.python_version()}, {versions}.
 
 Figures are medians; in brackets the quartiles. Rows of one table were run in turns, a few steps each, so that a change
 in the machine's speed meets all of them."""
+    if not (file.parent / "benchmarks_gpu.md").exists():
+        head += """
+
+No CUDA device was at hand: the tables of `make bench-gpu` (speed, MFU and memory at 124M and 1B; precision × compile ×
+loss) are still to be measured."""
     goals = [[*goal.cells(), f"[{table.title}](#{_anchor(table.title)})"] for table, _ in known for goal in table.goals]
     summary = "## Goals\n\n" + _markdown_table(["goal", "limit", "measured", "", "table"], goals) if goals else ""
     parts = [head, summary, *(table.markdown(when) for table, when in known)]

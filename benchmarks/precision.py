@@ -1,5 +1,4 @@
-"""Precision × compile × fused loss on one device: tokens a second, MFU, peak memory, and where the loss is after as many
-steps."""
+"""Precision × compile × loss on one device: tokens a second, MFU, peak memory, and the loss after as many steps."""
 
 import importlib.util
 import itertools
@@ -22,7 +21,9 @@ def of_row(size: Size, precision: str, compiled: bool, loss: str, device: str, s
     """What a run of the recipe has in its summary; None where it does not run here."""
     if precision == "fp8" and importlib.util.find_spec("transformer_engine") is None:
         return None
-    flags = {"model.architecture": f"transformers.{type(size.config()).__name__}"}
+    flags = {"model.architecture": f"transformers.{size.config}"}
+    if size.bpe_ids is not None:
+        flags["data.vocab_size"] = size.bpe_ids
     flags |= {f"model.architecture.{name}": value for name, value in size.fields.items()}
     flags |= {"model.optimizer": "torch.optim.AdamW", "model.compile": str(compiled).lower()}
     flags |= {"data.seq_len": size.seq_len, "data.batch_size": size.batch_size, "samples.max_new_tokens": 0}

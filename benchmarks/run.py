@@ -143,6 +143,7 @@ def measure_training(options: argparse.Namespace, size: training.Size, threads: 
 
 def measured_on_gpu(options: argparse.Namespace) -> Iterator[list[Table]]:
     yield from ([table] for table in gpu.training(options.rounds, options.turn_seconds))
+    yield gpu.precisions()
     text = time_to_loss.find_text(options.text)
     if text is None:
         print("tinyshakespeare left out: pass its input.txt as --data.path", file=sys.stderr)

@@ -20,6 +20,7 @@ import finetuning
 import fused_loss
 import gpu
 import nanogpt_cpu
+import precision
 import raw_row
 import recipe_row
 import run
@@ -228,3 +229,11 @@ def test_a_student_of_a_task_is_judged_by_accuracy_size_and_speed():
     rows = {teaching.WITHOUT: [student | {"accuracy": 0.85}], teaching.AT_HAND: [student], "teacher": [teacher]}
     goals = teaching.table(teaching.SST2, rows, 1).goals
     assert [round(goal.figure, 3) for goal in goals] == [0.978, 0.5, 2.0] and all(goal.reached for goal in goals)
+
+
+def test_precisions_are_compared_with_and_without_the_fused_loss(tmp_path):
+    """Both losses are the same number; a precision that does not run here is said to be so."""
+    toy = replace(TOY, bpe_ids=300)
+    found = [precision.of_row(toy, "float32", False, loss, "cpu", 3, tmp_path / loss) for loss in ("fused", "plain")]
+    assert found[0]["val_loss"] == pytest.approx(found[1]["val_loss"], rel=1e-5)
+    assert precision.of_row(toy, "fp8", False, "fused", "cpu", 3, tmp_path / "fp8") is None
