@@ -61,7 +61,8 @@ def build(config: PreTrainedConfig, auto_class: type, seed: int) -> PreTrainedMo
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto_class.from_config(config)
+        # Whatever dtype a config says that came from a folder: how weights are trained, a run says.
+        return auto_class.from_config(config, dtype=torch.float32)
 
 
 class HeadInput:

@@ -119,7 +119,7 @@ class Completion(FineTune):
             raise ValueError("--model.prompt_tokens trains next to nothing; take --trainer.strategy ddp for it")
         if self.prompt_tokens is not None:
             self._put_prompt_before(network)
-        self.token_loss = TokenLoss(network, self.label_smoothing, keep_only_labels=True)
+        self.token_loss = TokenLoss(network, self.label_smoothing, keep_only_labels=True, agreed=self.as_the_first)
         # generate() fills what a config leaves open from the network's own, so that says no more than which tokens
         # begin and end: penalties and lengths that belong to another task would be scored here and not exported.
         own = network.generation_config

@@ -25,6 +25,7 @@ from lightning_modules import hardware
 from lightning_modules.adapter import Adapter
 from lightning_modules.architectures import fit_config
 from lightning_modules.checkpoint_io import replace_folder
+from lightning_modules.handing_out import without_weights
 from lightning_modules.model_folder import find_folder, max_positions, newest_pretraining, read_config
 from lightning_modules.optim import adamw
 from lightning_modules.scheduled_step import ScheduledStep, comparable, require_same
@@ -143,13 +144,15 @@ class FineTune(ScheduledStep):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # of new weights, and of the new head
             auto_class = self.auto_class
-            network = self.new_network(auto_class, fields)
+            with without_weights(self.is_spared):
+                network = self.new_network(auto_class, fields)
             self._require_fit(network)
             network.config.pad_token_id = data.pad_id  # by which a decoder finds the last token of a text
             if self.freeze_backbone:
                 network.base_model.requires_grad_(False)
             if self.adapter is not None:
-                network = self.adapter.added_to(network, auto_class, self.new_parts)
+                with without_weights(self.is_spared):
+                    network = self.adapter.added_to(network, auto_class, self.new_parts)
         plain = network if self.adapter is None else network.base_model.model
         self.prepare(plain)
         self.make_fast(plain)
@@ -177,10 +180,10 @@ class FineTune(ScheduledStep):
         fit_config(self.architecture, data.tokenizer, data.vocab_size, data.seq_len)
         for name, value in fields.items():
             setattr(self.architecture, name, value)
-        return auto_class.from_config(self.architecture)
+        return auto_class.from_config(self.architecture, dtype=torch.float32)
 
     def _loaded(self, auto_class: type, fields: dict[str, object]) -> PreTrainedModel:
-        if hardware.is_planning():
+        if not hardware.reads_weights():
             return auto_class.from_config(changed(self.base_config, fields), dtype=torch.float32)
         settings = {"dtype": torch.float32, "output_loading_info": True}
         settings |= {} if self.adapter is None else self.adapter.loading()

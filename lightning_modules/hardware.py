@@ -49,8 +49,17 @@ PLANNED_FOR: ContextVar[str | None] = ContextVar("planned_for", default=None)
 """While a run is planned, the kind of its device: tensors are fake then, and no numbers come of them."""
 
 
+SPARED: ContextVar[bool] = ContextVar("spared", default=False)
+"""While a rank makes a network whose weights it gets from the first one."""
+
+
 def is_planning() -> bool:
     return PLANNED_FOR.get() is not None
+
+
+def reads_weights() -> bool:
+    """Whether weights are read for a network that is made now."""
+    return not is_planning() and not SPARED.get()
 
 
 def kind_of(device: torch.device) -> str:

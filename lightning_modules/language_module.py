@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_modules.architectures import build, fit_config
+from lightning_modules.handing_out import without_weights
 from lightning_modules.losses import IGNORED
 from lightning_modules.metrics import LanguageModelLoss
 from lightning_modules.optim import adamw
@@ -69,9 +70,11 @@ class LanguageModule(ScheduledStep):
         if self.network is not None:
             return
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        network = self.new_network().train()
+        with without_weights(self.is_spared):
+            network = self.new_network().train()
         self.token_bytes = self.trainer.datamodule.token_bytes
-        self.token_loss = TokenLoss(network, self.label_smoothing, self.z_loss, self.keep_only_labels)
+        settings = (self.label_smoothing, self.z_loss, self.keep_only_labels)
+        self.token_loss = TokenLoss(network, *settings, agreed=self.as_the_first)
         self.make_fast(network)
         self.network = network
 

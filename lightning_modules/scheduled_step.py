@@ -2,7 +2,7 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lightning_modules import cpu_kernels, hardware
 from lightning_modules.architectures import flops_per_token
 from lightning_modules.exact_step import ExactStep
+from lightning_modules.handing_out import Answer, as_the_first
 from lightning_modules.named_optimizer import names_of, number_when_loaded
 from lightning_modules.optim import Float32Master, adamw, parameter_groups
 from lightning_modules.precision import BF16Weights
@@ -92,6 +93,15 @@ class ScheduledStep(ExactStep):
     def is_sharded(self) -> bool:
         """Whether a forward pass is one of all ranks together."""
         return isinstance(self.trainer.strategy, Sharded)
+
+    @property
+    def is_spared(self) -> bool:
+        """Whether this rank gets its part of the network from the first one, which alone makes it."""
+        return self.is_sharded and not hardware.is_planning() and not self.trainer.is_global_zero
+
+    def as_the_first(self, find: Callable[[], Answer]) -> Answer:
+        """What the first rank finds, where the others cannot."""
+        return as_the_first(find) if self.is_sharded and not hardware.is_planning() else find()
 
     def of_all_ranks(self, numbers: list[int]) -> list[int]:
         """What ranks have to do together: the numbers of all of them, sorted; of ranks that work alone their own."""
@@ -230,7 +240,7 @@ def recompute(network: PreTrainedModel) -> None:
     network.activation_checkpointing_enable({"use_reentrant": False})
 
 
-NO_PART = ("_name_or_path", "transformers_version")
+NO_PART = ("_name_or_path", "transformers_version", "dtype")
 """Fields of a config that say nothing of its network."""
 
 

@@ -26,8 +26,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from lightning_modules import sharded_checkpoints
+from lightning_modules import hardware, sharded_checkpoints
 from lightning_modules.checkpoint_io import CheckpointFiles, bytes_of_tensors, remove, replace_folder, require_finite
+from lightning_modules.handing_out import hand_out
 from lightning_modules.named_optimizer import APART, Named, filled, named, names_of, tensors_of, with_tensors
 from lightning_modules.precision import BF16Shards
 from lightning_modules.shards import empty_like, local, part_of, sharded
@@ -60,13 +61,25 @@ class Sharded(ModelParallelStrategy):
 
     def parallelize(self, network: PreTrainedModel) -> None:
         """Shards a network, in place. Raises ValueError for an architecture that cannot be."""
-        mesh = self.device_mesh
-        by_heads = split_layers(network, mesh["tensor_parallel"]) if mesh["tensor_parallel"].size() > 1 else []
+        mesh, by_heads = self.device_mesh, []
         in_bf16 = isinstance(self.precision_plugin, BF16Shards)
-        if mesh["data_parallel"].size() > 1 or mesh["tensor_parallel"].size() == 1 or in_bf16:
-            rows = mesh["data_parallel"] if self._group_size is None else mesh["groups", "group"]
-            shard(network, rows, torch.bfloat16 if in_bf16 else None, self._offloads)
+
+        def cut() -> None:
+            if mesh["tensor_parallel"].size() > 1:
+                by_heads.extend(split_layers(network, mesh["tensor_parallel"]))
+            if mesh["data_parallel"].size() > 1 or mesh["tensor_parallel"].size() == 1 or in_bf16:
+                rows = mesh["data_parallel"] if self._group_size is None else mesh["groups", "group"]
+                shard(network, rows, torch.bfloat16 if in_bf16 else None, self._offloads)
+
+        self._hand_out(network, cut)
         self._partial = {id(parameter) for module in by_heads for parameter in module.parameters()}
+
+    def _hand_out(self, network: nn.Module, cut: Callable[[], None]) -> None:
+        """Of a plan there is nothing to hand out."""
+        if hardware.is_planning():
+            cut()
+        else:
+            hand_out(network, cut, torch.device("cpu") if self._offloads else self.root_device)
 
     def setup_environment(self) -> None:
         if self._offloads and self.root_device.type == "cuda":
@@ -91,7 +104,7 @@ class Sharded(ModelParallelStrategy):
 
     def share_out(self, network: PreTrainedModel) -> None:
         """Has each rank keep a part of a network that is only asked, by all of them together."""
-        shard(network, self._all_ranks)
+        self._hand_out(network, lambda: shard(network, self._all_ranks))
 
     def is_partial(self, parameter: nn.Parameter) -> bool:
         """Whether a weight is whole while each rank has the gradient of heads of its own."""

@@ -70,7 +70,7 @@ class TaskDistillation(Taught, FineTune):
         if isinstance(self.student, PartOfTeacher):
             for name, value in fields.items():
                 setattr(self.architecture, name, value)
-            network = auto_class.from_config(self.architecture)
+            network = auto_class.from_config(self.architecture, dtype=torch.float32)
             self.begin_as_part(network)
             return network
         words = self.trainer.datamodule.tokenizer.get_vocab()

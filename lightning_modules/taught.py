@@ -130,7 +130,7 @@ class Taught(ScheduledStep):
     def begin_as_part(self, network: PreTrainedModel) -> None:
         """Gives a student the weights of its teacher that it begins as."""
         if not hardware.is_planning():
-            self.directions_cC = self.student.fill(network, self.teachers[0].read())
+            self.directions_cC = self.as_the_first(lambda: self.student.fill(network, self.teachers[0].read()))
 
     def load_teachers(self) -> None:
         strategy = self.trainer.strategy

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from safetensors import SafetensorError
 from torch import Tensor
@@ -19,6 +20,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from lightning_modules import cpu_kernels, hardware
+from lightning_modules.handing_out import as_the_first, without_weights
 from lightning_modules.losses import Head
 from lightning_modules.model_folder import find_folder, load_tokenizer, max_positions, read_config
 from lightning_modules.token_loss import TokenLoss
@@ -58,8 +60,8 @@ class Teacher:
 
     def read(self) -> PreTrainedModel:
         """Its network in float32."""
-        if hardware.is_planning():
-            return self.auto_class.from_config(self.config, dtype=torch.float32)
+        if not hardware.reads_weights():
+            return self.auto_class.from_config(copy.deepcopy(self.config), dtype=torch.float32)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
@@ -76,10 +78,18 @@ class Teacher:
     def load(self, device: torch.device, share_out: Callable[[PreTrainedModel], None] | None = None) -> None:
         """Makes it ready to be asked, in the cheapest precision that keeps its distribution; by `share_out` each rank
         keeps a part of it."""
-        self.network = self.read().to(device).eval().requires_grad_(False)
+        is_spared = share_out is not None and not hardware.is_planning() and dist.get_rank() != 0
+        with without_weights(is_spared):
+            self.network = self.read().eval().requires_grad_(False)
+        if not is_spared:
+            self.network.to(device)
         kind = hardware.kind_of(device)
-        tries_bf16 = hardware.best_precision(kind).startswith("bf16")
-        self.bf16_nats = (0.0 if hardware.is_planning() else self._cost_of_bf16()) if tries_bf16 else None
+        if not hardware.best_precision(kind).startswith("bf16"):
+            self.bf16_nats = None
+        elif hardware.is_planning():
+            self.bf16_nats = 0.0
+        else:
+            self.bf16_nats = self._cost_of_bf16() if share_out is None else as_the_first(self._cost_of_bf16)
         if self.bf16_nats is not None and self.bf16_nats <= KEPT:
             self.network.bfloat16()
             if kind == "cpu":

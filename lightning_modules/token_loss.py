@@ -4,6 +4,7 @@ Shape suffixes: B rows, T positions with a label or IGNORED, U labels of a decod
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -30,9 +31,11 @@ class TokenLoss:
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         keep_only_labels: bool = False,
+        agreed: Callable[[Callable], HeadLoss | None] = lambda find: find(),
     ):
+        """`agreed` is for ranks whose network has no weights to find the rule by."""
         self.tap = HeadInput(network)
-        rule = find_head_loss(network, self.tap)
+        rule = agreed(partial(find_head_loss, network, self.tap))
         self.is_fused = rule is not None
         self.loss = (rule or HeadLoss())._replace(label_smoothing=label_smoothing, z_loss=z_loss)
         self.keep_only_labels = keep_only_labels

@@ -119,7 +119,7 @@ MUTANTS = (
         "M1",
         "sharing out the teacher",
         STRATEGIES,
-        "        shard(network, self._all_ranks)",
+        "        self._hand_out(network, lambda: shard(network, self._all_ranks))",
         "        pass",
         "tests/test_strategies.py -k keeps_a_part",
     ),

@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import BertConfig, LlamaConfig, Qwen3Config, T5Config
 
 from datamodules.instructions import Instructions
 from datamodules.labelled import Labelled
 from datamodules.text import Text
-from lightning_modules import hardware
+from lightning_modules import handing_out, hardware, strategies
 from lightning_modules.adapter import Adapter
 from lightning_modules.callbacks.report import whole_weights
 from lightning_modules.classification import Classification
@@ -111,6 +112,18 @@ STRATEGIES = {
 """Besides those that have a name."""
 
 
+MADE: list[bool] = []
+"""Whether this rank had the weights of a network before it was handed out."""
+
+
+def watched(network: nn.Module, *settings: object) -> None:
+    MADE.append(not any(parameter.is_meta for parameter in network.parameters()))
+    handing_out.hand_out(network, *settings)
+
+
+strategies.hand_out = watched
+
+
 class Losses(Callback):
     """Of every step, as all ranks together have it."""
 
@@ -165,7 +178,17 @@ def main(job: dict) -> None:
         module, data = RECIPES[recipe](job, ROWS // groups)
         trainer.fit(module, data)
         val = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-        case = {"steps": losses.found, "val": val, "kept": kept(module), "norms": exported(module, Path(job["file"]))}
+        of_ranks = [MADE] * job["ranks"]
+        if job["ranks"] > 1:
+            dist.all_gather_object(of_ranks, list(MADE))
+        MADE.clear()
+        case = {
+            "made": of_ranks,
+            "steps": losses.found,
+            "val": val,
+            "kept": kept(module),
+            "norms": exported(module, Path(job["file"])),
+        }
         found[f"{strategy} {recipe}"] = case
         if trainer.is_global_zero:
             print(strategy, recipe, losses.found[-1], val, flush=True)

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     ElectraConfig,
     Gemma3nTextConfig,
     GPT2Config,
@@ -139,6 +140,15 @@ def test_a_part_of_the_teacher_has_its_weights(texts, decoder):
     name = "model.layers.{}.mlp.up_proj.weight"
     assert torch.equal(ours[name.format(0)], whole[name.format(1)][:48])
     assert torch.equal(ours["model.embed_tokens.weight"], whole["model.embed_tokens.weight"])
+
+
+def test_a_teacher_that_was_saved_in_bf16_has_a_student_in_float32(texts, decoder, tmp_path):
+    """Its config says bf16, by which the student would be made."""
+    for auto_class in (AutoModelForCausalLM, AutoTokenizer):
+        part = auto_class.from_pretrained(decoder)
+        (part.bfloat16() if auto_class is AutoModelForCausalLM else part).save_pretrained(tmp_path)
+    module, _ = opened(texts, tmp_path, student=PartOfTeacher([0, 1]))
+    assert {parameter.dtype for parameter in module.network.parameters()} == {torch.float32}
 
 
 def test_what_the_first_layer_alone_has_stays(texts, denoiser):

@@ -108,6 +108,13 @@ def test_each_rank_keeps_a_part_of_the_network_and_of_its_teacher(strategy, kept
     assert found[f"{strategy} distilled"]["kept"] == pytest.approx(kept, abs=0.01)
 
 
+@pytest.mark.parametrize("case", ["fsdp2 labels", "fsdp2 answers", "tp distilled", "fsdp2_tp distilled"])
+def test_the_first_rank_alone_makes_a_network_and_its_teacher(case, found):
+    first, *others = found[case]["made"]
+    networks = 1 + case.endswith("distilled")
+    assert first == [True] * networks and others and all(other == [False] * networks for other in others)
+
+
 # Checkpoints
 
 SMALL = {
