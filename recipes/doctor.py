@@ -26,18 +26,17 @@ class Data:
     path: Path | None = None
 
 
-def examine(folder: Path = Path("runs"), data: Data | None = None, checkpoint_gb: float | None = None) -> None:
+def examine(data: Data, folder: Path = Path("runs"), checkpoint_gb: float | None = None) -> None:
     """Looks.
 
     Args:
-        folder: Where runs are written to.
-        data: What they read.
+        data: What runs read.
+        folder: Where they are written to.
         checkpoint_gb: Size of a checkpoint, as the plan says it; two of them have to fit.
     """
     from lightning_modules.doctor import Ranks, passed
 
-    path = data.path if data is not None else None
-    if not passed(Ranks(), folder, path, None if checkpoint_gb is None else 1e9 * checkpoint_gb):
+    if not passed(Ranks(), folder, data.path, None if checkpoint_gb is None else 1e9 * checkpoint_gb):
         sys.exit(1)
 
 

@@ -1,7 +1,7 @@
 """Make shards of tokens out of text, once, for any number of runs and machines.
 
 Run:
-    python recipes/prepare.py --data.path texts/ --output prepared/texts
+    python recipes/prepare.py --data.path texts/ --data.tokenizer gpt2 --output prepared/texts
     python recipes/prepare.py --data.path 'web/*.jsonl.zst' --data.tokenizer gpt2 --output prepared/web --workers 16
     python recipes/pretrain.py fit --data.path prepared/texts
     python recipes/pretrain.py fit --data.path '{prepared/texts: 0.3, prepared/web: 0.7}'

@@ -215,8 +215,8 @@ MUTANTS = (
         "R5",
         "a prefix for each attempt",
         "lightning_modules/restarts.py",
-        'if attempt == "0" or dist.is_initialized():',
-        "if True:",
+        "ranks == 1 or dist.is_initialized():",
+        "True:",
         "torture --only R5 --times 60 --seed 1",
     ),
     Mutant(

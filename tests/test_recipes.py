@@ -18,7 +18,8 @@ RUNS = sorted((ROOT / "recipes").glob("pretrain*.yaml"))
 AUTO = {"CausalLM": AutoModelForCausalLM, "MaskedLM": AutoModelForMaskedLM, "SpanDenoising": AutoModelForSeq2SeqLM}
 SMALL = {
     "NanoChatConfig": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
-    "LlamaConfig": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
+    "LlamaConfig": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    | {"num_key_value_heads": 4},
     "BertConfig": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
     "GPT2Config": {"n_embd": 16, "n_layer": 1, "n_head": 2},
     "T5Config": {"d_model": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "d_kv": 8},
