@@ -199,7 +199,9 @@ def length(trainer: Trainer, module: LightningModule) -> Length | None:
     if module.max_tokens:
         steps.append(math.ceil(module.max_tokens / tokens))
     if trainer.max_epochs and trainer.max_epochs > 0:
-        batches = -(-data.rows_per_epoch // data.rows_per_micro_step)
+        batches = trainer.num_training_batches  # known once a run has begun
+        if batches == float("inf"):
+            batches = -(-data.rows_per_epoch // data.rows_per_micro_step)
         steps.append(-(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs)
     if not steps:
         return None

@@ -84,7 +84,9 @@ def test_every_strategy_trains_as_one_process_does(case, found):
     for (loss, norm), (loss_of_one, norm_of_one) in zip(ours["steps"], theirs["steps"], strict=True):
         assert loss == pytest.approx(loss_of_one, rel=1e-6)
         assert norm == pytest.approx(norm_of_one, rel=1e-5)
-    assert ours["val"] == pytest.approx(theirs["val"], rel=1e-6)
+    # Of a perplexity the relative error is the absolute one of the loss that it is made of.
+    val = [{name: x for name, x in case["val"].items() if name != "val/perplexity"} for case in (ours, theirs)]
+    assert val[0] == pytest.approx(val[1], rel=1e-6)
     # The folders that are left: but for biases of keys, whose gradient is zero and what is learnt is rounding.
     norms = [{name: x for name, x in case["norms"].items() if not name.endswith("key.bias")} for case in (ours, theirs)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
