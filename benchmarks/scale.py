@@ -102,7 +102,8 @@ def table(names: list[str], counts: list[int], hardware: str) -> Table:
                 fits = f"yes, {found['most_rows']} rows" if found["fits"] else f"no, {found['most_rows']} rows"
                 rows.append([name, f"{devices:,}", f"{found['parameters'] / 1e9:,.2f} B", f"{found['tokens']:.2g}"])
                 rows[-1] += [bytes_of(found["peak_memory_bytes"]), fits, duration(found["seconds"])]
-                rows[-1] += [f"{found['kilowatt_hours'] / 1000:,.2f} MWh"]
+                used = found["kilowatt_hours"]
+                rows[-1].append(f"{used / 1000:,.2f} MWh" if used >= 1000 else f"{used:,.0f} kWh")
                 print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
     columns = ["model", "GPUs", "parameters", "tokens", "memory of each", "fits", "time", "energy, at most"]
     return Table(f"Planned, not run: {hardware}", "python benchmarks/scale.py", columns, rows)
