@@ -22,7 +22,7 @@ from tests.faults import kill_group
 
 ROOT = Path(__file__).parents[1]
 LONGEST_SECONDS = 300
-FOLDERS = ("lightning_modules", "datamodules", "recipes", "tests")
+FOLDERS = ("lightning_modules", "datamodules", "recipes", "tests", "benchmarks")
 
 
 class Mutant(NamedTuple):
