@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.prepared import Place, Prepared, Shard, ShardedStream
+from datamodules.prepared import Place, Prepared, Shard, ShardedStream, place_of
 from datamodules.token_store import Counts
 from datamodules.tokenization import load_tokenizer
 
@@ -23,28 +23,34 @@ MOST_DECODED = 2_000_000
 
 
 def is_litdata(path: object, cache: Path) -> bool:
-    return isinstance(path, str) and bool(path) and Place(path.rstrip("/"), cache).exists(INDEX)
+    if not isinstance(path, str) or not path or not (place := place_of(path, cache)).exists(INDEX):
+        return False
+    try:
+        index = json.loads(place.head(INDEX)[0])
+    except ValueError:  # of a folder of texts, one of which has this name
+        return False
+    return isinstance(index, dict) and {"chunks", "config"} <= index.keys()
 
 
 def open_litdata(path: str, val_path: str, tokenizer_name: str, cache: Path) -> Prepared:
     """Both splits, each in a folder of its own; an item is a document."""
     tokenizer = load_tokenizer(tokenizer_name)
-    (train, dtype), (val, dtype_of_val) = (_shards(url.rstrip("/"), cache) for url in (path, val_path))
+    (train, dtype, kept), (val, dtype_of_val, kept_of_val) = (_shards(place_of(p, cache)) for p in (path, val_path))
     if dtype != dtype_of_val:
         raise ValueError(f"{path} has {dtype} and {val_path} {dtype_of_val}; write them alike")
-    held_out = _stream(val, dtype, cache, bytes_per_token=0.0)
-    share = _bytes_per_token(held_out, tokenizer)
-    streams = [_stream(shards, dtype, cache, share) for shards in (train, val)]
+    share = _bytes_per_token(_stream(val, dtype, kept_of_val, bytes_per_token=0.0), tokenizer)
+    streams = [_stream(train, dtype, kept, share), _stream(val, dtype, kept_of_val, share)]
     about = {"files": len(train) + len(val), "duplicates": 0, "skipped_rows": {}, "empty_rows": 0, "encoder": "litdata"}
     digest = hashlib.sha256(repr([(s.name, s.tokens, s.documents) for s in (*train, *val)]).encode()).hexdigest()
     return Prepared((path, val_path), *streams, tokenizer, digest, about)
 
 
-def _shards(url: str, cache: Path) -> tuple[list[Shard], str]:
-    place = Place(url, cache)
+def _shards(place: Place) -> tuple[list[Shard], str, Path]:
+    """With their dtype, and where what is read of them is kept."""
+    url = place.url
     try:
-        with place.open(INDEX) as file:
-            index = json.loads(file.read())
+        content, place = place.head(INDEX)
+        index = json.loads(content)
         config = index["config"]
         kind, _, number = config["data_format"][0].partition(":")
         tables = {"no_header_tensor": OF_TORCH, "no_header_numpy": OF_NUMPY}
@@ -55,7 +61,7 @@ def _shards(url: str, cache: Path) -> tuple[list[Shard], str]:
             raise ValueError(f"{url} was written for {config['item_loader']}; write it with item_loader=TokensLoader()")
         if config.get("compression") or config.get("encryption"):
             raise ValueError(f"{url} is compressed or encrypted, which is not read by ranges; write it without")
-        return [_shard(place, chunk["filename"], dtype) for chunk in index["chunks"]], dtype
+        return [_shard(place, chunk["filename"], dtype) for chunk in index["chunks"]], dtype, place.cache
     except (KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{url}/{INDEX} is no index of litdata ({error!r})") from None
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from datamodules.corpus import Corpus, Split
 from datamodules.documents import Piece
@@ -143,7 +145,8 @@ class ShardWriter:
     def __init__(self, folder: Path, name: str, dtype: np.dtype):
         self.folder, self.name, self.dtype, self.tokens = folder, name, dtype, 0
         self.starts: list[np.ndarray] = []
-        self.file = (folder / f".{name}.bin.partial").open("wb")
+        self.partial = folder / f".{name}.bin.{os.getpid()}.partial"
+        self.file = self.partial.open("wb")
 
     def add(self, ids_N: np.ndarray, starts: np.ndarray) -> None:
         self.file.write(ids_N.astype(self.dtype, copy=False))
@@ -156,19 +159,24 @@ class ShardWriter:
         self.file.close()
         starts = np.concatenate(self.starts).astype(np.int64)
         _save(self.folder / f"{self.name}.npy", starts)
-        os.replace(self.folder / f".{self.name}.bin.partial", self.folder / f"{self.name}.bin")
+        os.replace(self.partial, self.folder / f"{self.name}.bin")
         return {"name": self.name, "tokens": self.tokens, "documents": len(starts)}
 
 
 def prepare(
-    corpus: Corpus, output: Path, shard_tokens: int, vocab_size: int, workers: int, removes_copies: bool
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    shard_tokens: int,
+    workers: int,
+    removes_copies: bool,
 ) -> dict[str, object]:
-    """Of a corpus whose tokenizer is in output/tokenizer already; returns what prepared.json holds."""
-    tokenizer = load_tokenizer(str(output / "tokenizer"))
-    about = {"digest": corpus.digest, "tokenizer": fingerprint(tokenizer)}
+    """Returns what prepared.json holds."""
+    about = {"digest": corpus.digest, "tokenizer": _fingerprint_once_loaded(tokenizer)}
     about |= {"shard_tokens": shard_tokens, "removes_copies": removes_copies}
     _require_same(output, about)
-    job = Job(corpus, output, shard_tokens, vocab_size)
+    tokenizer.save_pretrained(output / "tokenizer")
+    job = Job(corpus, output, shard_tokens, max(tokenizer.get_vocab().values()) + 1)
     groups = groups_of(corpus, 4 * shard_tokens)
     with ProcessPoolExecutor(max(1, min(workers, len(groups))), get_context("spawn")) as pool:
         copies: list[np.ndarray | None] = [None] * len(groups)
@@ -194,6 +202,13 @@ def prepare(
     for folder in ("done", "hashes"):
         shutil.rmtree(output / folder, ignore_errors=True)
     return header
+
+
+def _fingerprint_once_loaded(tokenizer: PreTrainedTokenizerBase) -> str:
+    """As every later run sees it."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return fingerprint(load_tokenizer(folder))
 
 
 def _require_same(output: Path, about: dict[str, object]) -> None:

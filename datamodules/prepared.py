@@ -68,18 +68,31 @@ class Place:
     def exists(self, name: str) -> bool:
         if self.is_here:
             return Path(self.url, name).is_file()
-        files, path = fsspec.core.url_to_fs(f"{self.url}/{name}")
+        try:
+            files, path = fsspec.core.url_to_fs(f"{self.url}/{name}")
+        except (ImportError, ValueError) as error:  # no package for this kind of store, or no such kind
+            raise ValueError(f"--data.path {self.url}: {error}") from None
         return files.exists(path)
+
+    def head(self, name: str) -> tuple[bytes, "Place"]:
+        """A small file as it is now, and the folder with a place for blocks that belong to it alone: what is written
+        there anew is not mixed with what was kept."""
+        if self.is_here:
+            return Path(self.url, name).read_bytes(), self
+        with fsspec.open(f"{self.url}/{name}") as file:
+            content = file.read()
+        return content, Place(self.url, self.cache / "remote" / hashlib.sha256(content).hexdigest()[:16])
 
     def files_of(self, folder: str, names: Sequence[str]) -> Path:
         """A small folder of it, on this machine."""
         if self.is_here:
             return Path(self.url, folder)
         own = self.cache / "fetched" / hashlib.sha256(f"{self.url}/{folder}".encode()).hexdigest()
-        with written_whole(own, is_sound=Path.is_dir) as temporary:  # anew: it may have been prepared once more
-            for name in names:
-                with fsspec.open(f"{self.url}/{folder}/{name}") as file:
-                    (temporary / name).write_bytes(file.read())
+        if not own.is_dir():
+            with written_whole(own, is_sound=Path.is_dir) as temporary:
+                for name in names:
+                    with fsspec.open(f"{self.url}/{folder}/{name}") as file:
+                        (temporary / name).write_bytes(file.read())
         return own
 
 
@@ -188,27 +201,30 @@ class Prepared:
         stream = getattr(self, split)
         bounds = stream.document_bounds.tolist()
         for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-            yield self.tokenizer.decode(stream.tokens_N[begin + 1 : end], skip_special_tokens=True)
+            yield self.tokenizer.decode(stream.tokens_N[begin:end], skip_special_tokens=True)
 
 
 def is_prepared(path: object, cache: Path) -> bool:
     """Whether --data.path names what `prepare` has written."""
-    return isinstance(path, str) and bool(path) and Place(path.rstrip("/"), cache).exists(HEADER)
+    return isinstance(path, str) and bool(path) and place_of(path, cache).exists(HEADER)
+
+
+def place_of(path: str, cache: Path) -> Place:
+    path = path.rstrip("/") or path
+    return Place(path if "://" in path else str(Path(path).expanduser()), cache)
 
 
 def open_prepared(url: str, cache: Path) -> Prepared:
-    url = url.rstrip("/")
-    place = Place(url, cache)
     try:
-        with place.open(HEADER) as file:
-            header = json.loads(file.read())
+        content, place = place_of(url, cache).head(HEADER)
+        url, header = place.url, json.loads(content)
         if header["format"] != FORMAT:
             raise ValueError(f"{url} was prepared in format {header['format']}, not {FORMAT}; prepare it once more")
         streams = {}
         for split in ("train", "val"):
             shards = tuple(Shard(url, each["name"], each["tokens"], each["documents"]) for each in header[split])
             counts = Counts(**header["counts"][split])
-            streams[split] = ShardedStream(shards, header["dtype"], counts, cache)
+            streams[split] = ShardedStream(shards, header["dtype"], counts, place.cache)
             if place.is_here:
                 require_whole(shards, header["dtype"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:

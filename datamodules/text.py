@@ -17,7 +17,7 @@ from datamodules.corruption import noise_counts, raw_length
 from datamodules.encode_corpus import corpus_tokenizer, encode_corpus
 from datamodules.encoding import token_bytes
 from datamodules.litdata_shards import is_litdata, open_litdata
-from datamodules.mixture import Mixed, MixedRows
+from datamodules.mixture import BLOCK, Mixed, MixedRows
 from datamodules.ordered import Ordered
 from datamodules.prepared import Prepared, is_prepared, joined, open_prepared
 from datamodules.row_order import HeldOutOrder, Shuffled
@@ -224,6 +224,10 @@ class Text(Ordered):
                 raise ValueError(f"--data.path {name} was not prepared: python recipes/prepare.py writes such folders")
             if weight <= 0:
                 raise ValueError(f"--data.path gives {name} the weight {weight}; pass one above 0, or leave it out")
+            if weight * BLOCK < sum(weights.values()):
+                raise ValueError(
+                    f"--data.path gives {name} less than a row in {BLOCK:,}; pass a larger weight, or leave it out"
+                )
         if self.val_path is not None or self.tokenizer_name is not None:
             flag = "--data.val_path" if self.val_path is not None else "--data.tokenizer"
             raise ValueError(f"{flag} was decided when the text was prepared; leave it out")
@@ -255,7 +259,8 @@ class Text(Ordered):
     def _order(self) -> Shuffled | Mixed:
         if len(self.sources) < 2:
             return Shuffled(self.rows_per_epoch, self.seed)
-        return Mixed([len(rows) for rows in self.train_rows.sources], self.weights, self.seed)
+        rows = self.train_rows.rows if isinstance(self.train_rows, CachedRows) else self.train_rows
+        return Mixed([len(source) for source in rows.sources], self.weights, self.seed)
 
     @property
     def _spans(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_modules import hardware
 from lightning_modules.losses import HeadLoss
 
 
@@ -113,6 +114,8 @@ def find_head_loss(model: PreTrainedModel, tap: HeadInput) -> HeadLoss | None:
                 model(input_ids=ids, **extra)
             scores = head(tap.hidden).float()
     except (RuntimeError, IndexError) as error:
+        if hardware.is_planning():  # then it may be the shapes alone that do not run
+            raise
         raise ValueError(
             f"--model.architecture {type(config).__name__} with these fields does not run: {error}; "
             f"see that widths divide by heads and num_attention_heads by num_key_value_heads"

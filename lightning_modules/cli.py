@@ -223,7 +223,8 @@ class RecipeCLI(LightningCLI):
             on_cpu = on_cpu and self.config.plan.hardware is None
             plan_without_devices(self.config.plan, trainer)
         else:
-            join(on_cpu)
+            chosen = getattr(trainer.strategy, "init_args", None) or Namespace()
+            join(on_cpu, chosen.get("process_group_backend"), chosen.get("timeout"))
             if trainer.devices not in (1, "auto"):
                 require_free_port()
         if not on_cpu and torch.cuda.is_available() and not dist.is_nccl_available() and trainer.devices != 1:
@@ -358,14 +359,17 @@ def accumulated(rows: int, of_rank: int, ranks: int) -> int:
     return rows // (of_rank * ranks)
 
 
-NOT_ALIKE = ("config", "trainer.default_root_dir", "ckpt_path")
-"""Flags in which ranks may differ: machines may have other paths."""
+NOT_ALIKE = re.compile(r"(config|ckpt_path|trainer\.default_root_dir|data\.(init_args\.)?(path|val_path|cache_dir))\b")
+"""Flags in which ranks may differ: machines may have other paths, and of text what is read is compared."""
 
 
 def flags_of(config: Namespace) -> dict[str, object]:
     """Every flag by its name, as text; classes that are given already by their own."""
-    plain = {name: value for name, value in vars(config.as_flat()).items() if not name.startswith(NOT_ALIKE)}
-    return {name: value if isinstance(value, FLAT) else type(value).__name__ for name, value in plain.items()}
+    plain = {name: value for name, value in vars(config.as_flat()).items() if not NOT_ALIKE.match(name)}
+    return {
+        name: re.sub(r" at 0x\w+", "", str(value)) if isinstance(value, FLAT) else type(value).__name__
+        for name, value in plain.items()
+    }
 
 
 def name_of(strategy: object) -> str:

@@ -40,8 +40,6 @@ class Ranks:
 
     def __init__(self) -> None:
         self.on_cpu = not torch.cuda.is_available()
-        if not self.on_cpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         join(self.on_cpu)
         self.count = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0

@@ -6,7 +6,7 @@ import shlex
 import shutil
 from abc import abstractmethod
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -25,7 +25,6 @@ from lightning_modules import hardware
 from lightning_modules.adapter import Adapter
 from lightning_modules.architectures import fit_config
 from lightning_modules.checkpoint_io import replace_folder
-from lightning_modules.handing_out import without_weights
 from lightning_modules.model_folder import find_folder, max_positions, newest_pretraining, read_config
 from lightning_modules.optim import adamw
 from lightning_modules.scheduled_step import ScheduledStep, comparable, require_same
@@ -144,15 +143,14 @@ class FineTune(ScheduledStep):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # of new weights, and of the new head
             auto_class = self.auto_class
-            with without_weights(self.is_spared):
-                network = self.new_network(auto_class, fields)
+            network = self.made_by_the_first(partial(self.new_network, auto_class, fields))
             self._require_fit(network)
             network.config.pad_token_id = data.pad_id  # by which a decoder finds the last token of a text
             if self.freeze_backbone:
                 network.base_model.requires_grad_(False)
             if self.adapter is not None:
-                with without_weights(self.is_spared):
-                    network = self.adapter.added_to(network, auto_class, self.new_parts)
+                add = partial(self.adapter.added_to, network, auto_class, self.new_parts)
+                network = self.made_by_the_first(add)
         plain = network if self.adapter is None else network.base_model.model
         self.prepare(plain)
         self.make_fast(plain)

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_modules.architectures import build, fit_config
-from lightning_modules.handing_out import without_weights
 from lightning_modules.losses import IGNORED
 from lightning_modules.metrics import LanguageModelLoss
 from lightning_modules.optim import adamw
@@ -70,8 +69,7 @@ class LanguageModule(ScheduledStep):
         if self.network is not None:
             return
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        with without_weights(self.is_spared):
-            network = self.new_network().train()
+        network = self.made_by_the_first(self.new_network).train()
         self.token_bytes = self.trainer.datamodule.token_bytes
         settings = (self.label_smoothing, self.z_loss, self.keep_only_labels)
         self.token_loss = TokenLoss(network, *settings, agreed=self.as_the_first)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -223,7 +223,7 @@ def imagined(
         module.on_fit_start()
 
         def foresee(rows: int) -> tuple[Footprint, int]:
-            some = simulation.widened(batch, rows, widest(data))
+            some = simulation.widened(batch, rows, *widest(data))
             found = simulation.footprint(module, some, live, trainer.accumulate_grad_batches)
             return found, some["input_ids"].numel()
 
@@ -264,8 +264,9 @@ def advice(plan: Forecast, trainer: Trainer, most: int) -> str:
     if plan.fits:
         return f"yes, into {room} of each device; at most {most:,} rows a micro-batch"
     if most:
-        accumulated = math.ceil(trainer.accumulate_grad_batches * data.batch_size / most)
-        flags = f"--data.batch_size {most} --trainer.accumulate_grad_batches {accumulated}"
+        of_step = trainer.accumulate_grad_batches * data.batch_size
+        rows = next(count for count in range(min(most, of_step), 0, -1) if of_step % count == 0)
+        flags = f"--data.batch_size {rows} --trainer.accumulate_grad_batches {of_step // rows}"
         return f"no, not into {room} of each device; the same training does with {flags}"
     kept = sum(plan.footprint.kept.values())
     if kept < 0.7 * plan.room and not trainer.lightning_module.activation_checkpointing:
@@ -283,7 +284,7 @@ def simulate(trainer: Trainer, module: LightningModule, device: Device) -> tuple
     data = trainer.datamodule
     batch = next(iter(data.train_dataloader()))
     share = simulation.labelled_share(batch)
-    batch = simulation.widened(batch, data.batch_size, widest(data))
+    batch = simulation.widened(batch, data.batch_size, *widest(data))
     with simulation.simulated(device.kind, share) as live, simulation.stand_in(module):
         found = simulation.footprint(module, batch, live, trainer.accumulate_grad_batches)
     return found, batch["input_ids"].numel()
@@ -300,9 +301,13 @@ def bytes_there(trainer: Trainer, module: LightningModule) -> int:
     return sum(blocks.values())
 
 
-def widest(data) -> int:
-    """Tokens of a row of the longest batch; examples are padded to a multiple of eight."""
-    return data.seq_len if data.objective in ("causal", "masked", "denoising") else -(-data.seq_len // 8) * 8
+def widest(data: LightningDataModule) -> tuple[int | None, int | None]:
+    """Tokens of the longest row, and of the longest answer where a decoder of its own reads it; examples are padded to
+    a multiple of eight, and rows of text are all alike."""
+    if data.objective in ("causal", "masked", "denoising"):
+        return None, None
+    answer = getattr(data, "longest_answer", None)
+    return -(-data.seq_len // 8) * 8, answer and -(-answer // 8) * 8
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,8 @@
 """The verb `plan`: what a run would take on as many devices as are asked for, found without any of them."""
 
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,6 +13,15 @@ from lightning_modules import hardware, planning, simulation
 from lightning_modules.callbacks.plan import print_pairs, rows
 from lightning_modules.hardware import Device
 from lightning_modules.planning import PLANNED_MFU
+
+
+@contextmanager
+def cannot_be_planned() -> Iterator[None]:
+    """Makes one line of what has no shape without its numbers, such as a kernel for experts."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise ValueError(f"this run cannot be planned: {str(error).splitlines()[0]}") from error
 
 
 class RecipeTrainer(Trainer):
@@ -45,6 +55,8 @@ class RecipeTrainer(Trainer):
             raise ValueError(f"--mfu is {mfu}; pass a share above 0, up to 1")
         if price is not None and price < 0:
             raise ValueError(f"--price is {price}; pass USD of a device for an hour")
+        if output is not None and not output.parent.is_dir():
+            raise FileNotFoundError(f"--output {output}: there is no folder {output.parent}")
         device = self._device(hardware)
         self.datamodule, datamodule.trainer = datamodule, self
         self.strategy._lightning_module, model.trainer = model, self
@@ -52,7 +64,7 @@ class RecipeTrainer(Trainer):
             self.strategy.setup_environment()
             datamodule.prepare_data()
             datamodule.setup("fit")
-            with planning.imagined(self, model, device) as foresee:
+            with cannot_be_planned(), planning.imagined(self, model, device) as foresee:
                 found = planning.forecast(self, model, device, *foresee(datamodule.batch_size), mfu, price)
                 most = planning.most_rows(foresee, found, datamodule.batch_size)
                 shown = rows(found, self, model, is_measured=hardware is None)

@@ -14,11 +14,12 @@ PAUSE = 0.05
 """Seconds between two looks into the store."""
 
 
-def join(on_cpu: bool) -> None:
+def join(on_cpu: bool, backend: str | None = None, timeout: timedelta | None = None) -> None:
     """Connects the ranks that torchrun starts; Lightning takes the connection that it finds.
 
     The store of a later attempt still holds the keys of the one before, and gloo reads them: about half of the restarts
     failed, see docs/reliability.md. So each attempt has a prefix of its own, which the first rank makes up.
+    `backend` and `timeout` are what a strategy was given.
     """
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if os.environ.get("TORCHELASTIC_RUN_ID") is None or ranks == 1 or dist.is_initialized():
@@ -27,7 +28,10 @@ def join(on_cpu: bool) -> None:
     of_the_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*address, ranks, is_master=rank == 0 and not of_the_agent, timeout=WAIT)
-    backend = "gloo" if on_cpu or not torch.cuda.is_available() else None  # None: NCCL, and gloo for what is on the CPU
+    if backend is None and (on_cpu or not torch.cuda.is_available()):
+        backend = "gloo"  # else None: NCCL, and gloo for what is on the CPU
+    if not on_cpu and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before any rank sends something from the first
     over = threading.Event()
     attempt = secrets.token_hex(8)
     if rank == 0:
@@ -36,7 +40,9 @@ def join(on_cpu: bool) -> None:
     else:
         attempt = ask(store, rank, attempt)
     try:
-        dist.init_process_group(backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=ranks)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=ranks, timeout=timeout
+        )
     finally:
         over.set()
 

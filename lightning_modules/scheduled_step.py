@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lightning_modules import cpu_kernels, hardware
 from lightning_modules.architectures import flops_per_token
 from lightning_modules.exact_step import ExactStep
-from lightning_modules.handing_out import Answer, as_the_first
+from lightning_modules.handing_out import Answer, as_the_first, made_by_the_first
 from lightning_modules.named_optimizer import names_of, number_when_loaded
 from lightning_modules.optim import Float32Master, adamw, parameter_groups
 from lightning_modules.precision import BF16Weights
@@ -94,10 +94,9 @@ class ScheduledStep(ExactStep):
         """Whether a forward pass is one of all ranks together."""
         return isinstance(self.trainer.strategy, Sharded)
 
-    @property
-    def is_spared(self) -> bool:
-        """Whether this rank gets its part of the network from the first one, which alone makes it."""
-        return self.is_sharded and not hardware.is_planning() and not self.trainer.is_global_zero
+    def made_by_the_first(self, make: Callable[[], Answer]) -> Answer:
+        """A network of which a rank other than the first gets its part from it, where a strategy shards it."""
+        return made_by_the_first(make) if self.is_sharded and not hardware.is_planning() else make()
 
     def as_the_first(self, find: Callable[[], Answer]) -> Answer:
         """What the first rank finds, where the others cannot."""

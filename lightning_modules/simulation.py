@@ -4,6 +4,7 @@ The module's own code runs on torch's fake tensors, as one rank of as many as ar
 nothing is sent. What depends on numbers goes as if every test were passed.
 """
 
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -151,6 +152,9 @@ def simulated(kind: str, labelled: float = 1.0) -> Iterator[LiveBytes]:
         stack.callback(PLANNED_FOR.reset, before)
         stack.callback(setattr, torch.UntypedStorage, "resize_", resize)
         stack.callback(setattr, nn.Module, "_apply", apply)
+        log = logging.getLogger("torch._subclasses.fake_tensor")  # tells what is raised, too
+        stack.callback(log.setLevel, log.level)
+        log.setLevel(logging.CRITICAL)
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(FakeCopyMode(fake))  # metrics copy their states
         live = stack.enter_context(LiveBytes(labelled))
@@ -209,10 +213,11 @@ def like(tensor: Tensor) -> Tensor:
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
-def widened(batch: Batch, rows: int, width: int | None = None) -> Batch:
-    """As many rows as are asked for, of a batch's kind; `width` is the tokens of the longest."""
-    T = batch["input_ids"].shape[1]
-    sizes = {T: width or T}
+def widened(batch: Batch, rows: int, width: int | None = None, answer: int | None = None) -> Batch:
+    """As many rows as are asked for, of a batch's kind; `width` and `answer` are the tokens of the longest ones."""
+    T, U = batch["input_ids"].shape[1], batch["labels"].shape[-1]
+    has_rows = batch["labels"].ndim == 2 and batch["labels"].dtype == torch.long
+    sizes = ({U: answer or U} if has_rows else {}) | {T: width or T}
     shapes = {name: (rows, *(sizes.get(size, size) for size in value.shape[1:])) for name, value in batch.items()}
     return {name: value.new_zeros(shapes[name]) for name, value in batch.items()}
 

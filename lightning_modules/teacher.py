@@ -20,7 +20,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from lightning_modules import cpu_kernels, hardware
-from lightning_modules.handing_out import as_the_first, without_weights
+from lightning_modules.handing_out import as_the_first, made_by_the_first
 from lightning_modules.losses import Head
 from lightning_modules.model_folder import find_folder, load_tokenizer, max_positions, read_config
 from lightning_modules.token_loss import TokenLoss
@@ -78,10 +78,9 @@ class Teacher:
     def load(self, device: torch.device, share_out: Callable[[PreTrainedModel], None] | None = None) -> None:
         """Makes it ready to be asked, in the cheapest precision that keeps its distribution; by `share_out` each rank
         keeps a part of it."""
-        is_spared = share_out is not None and not hardware.is_planning() and dist.get_rank() != 0
-        with without_weights(is_spared):
-            self.network = self.read().eval().requires_grad_(False)
-        if not is_spared:
+        handed_out = share_out is not None and not hardware.is_planning()
+        self.network = (made_by_the_first(self.read) if handed_out else self.read()).eval().requires_grad_(False)
+        if not handed_out or dist.get_rank() == 0:
             self.network.to(device)
         kind = hardware.kind_of(device)
         if not hardware.best_precision(kind).startswith("bf16"):
@@ -89,7 +88,7 @@ class Teacher:
         elif hardware.is_planning():
             self.bf16_nats = 0.0
         else:
-            self.bf16_nats = self._cost_of_bf16() if share_out is None else as_the_first(self._cost_of_bf16)
+            self.bf16_nats = as_the_first(self._cost_of_bf16) if handed_out else self._cost_of_bf16()
         if self.bf16_nats is not None and self.bf16_nats <= KEPT:
             self.network.bfloat16()
             if kind == "cpu":

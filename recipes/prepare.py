@@ -78,9 +78,7 @@ def make(
     skips = data.on_bad_row == "skip"
     corpus = open_corpus(data.path, data.val_path, data.val_fraction, data.text_column, skips, hashes)
     tokenizer = corpus_tokenizer(data.tokenizer, corpus, data.objective, data.vocab_size, cache)
-    tokenizer.save_pretrained(output / "tokenizer")
-    ids = max(tokenizer.get_vocab().values()) + 1
-    found = prepare(corpus, output, shard_tokens, ids, workers or os.cpu_count() or 1, remove_copies)
+    found = prepare(corpus, tokenizer, output, shard_tokens, workers or os.cpu_count() or 1, remove_copies)
     for split, name in (("train", "train"), ("val", "held out")):
         counts = found["counts"][split]
         size, shards = f"{counts['bytes'] / 1e6:,.2f} MB", len(found[split])

@@ -47,8 +47,8 @@ MUTANTS = (
         "M3",
         "a name for each attempt",
         "lightning_modules/restarts.py",
-        "store=dist.PrefixStore(attempt, store)",
-        "store=store",
+        "store=dist.PrefixStore(attempt, store),",
+        "store=store,",
         "tests/test_restarts.py -k attempts",
     ),
     Mutant(

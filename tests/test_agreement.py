@@ -1,6 +1,7 @@
 """Ranks that were not told the same end together, with one line; so does a run whose port is another's."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,7 +26,9 @@ def test_the_first_difference_is_named():
     assert "--data.seed" in difference([*alike, ("c", alike[0][1] | {"--data.seed": "1"})])
 
 
-def launched(folder: Path, corpus: Path, *of_second: str) -> list[tuple[int, str]]:
+def launched(
+    folder: Path, corpus: Path, *of_second: str, more: dict | None = None, script: str = "pretrain"
+) -> list[tuple[int, str]]:
     """Codes and errors of two ranks, of which the second has other flags besides."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -33,7 +36,8 @@ def launched(folder: Path, corpus: Path, *of_second: str) -> list[tuple[int, str
     flags = TOY | {f"model.architecture.{name}": value for name, value in SMALL["NanoChatConfig"].items()}
     flags |= {"data.path": corpus, "trainer.default_root_dir": folder, "trainer.devices": 2}
     flags |= {"trainer.strategy": "ddp", "data.tokenizer": "bytes"}
-    command = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), "fit"]
+    flags = flags if more is None else more
+    command = [sys.executable, str(ROOT / "recipes" / f"{script}.py"), "fit"]
     command += [f"--{name}={value}" for name, value in flags.items()]
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     environment |= {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
@@ -69,6 +73,16 @@ def test_ranks_of_other_flags_or_rows_do_not_begin(flag, said, corpus, tmp_path)
     assert last.startswith("error: rank 1 (") and said in last and "start all of them with the same" in last
     assert "Traceback" not in error + nothing and "error:" not in nothing
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_what_the_first_rank_alone_cannot_read_ends_all(reviews, encoder, tmp_path):
+    """The others wait for their parts of it."""
+    model = shutil.copytree(encoder, tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"no weights")
+    flags = {"data.path": reviews / "train.csv", "model.from": model, "trainer.devices": 2, "trainer.max_steps": 1}
+    flags |= {"trainer.strategy": "fsdp2", "trainer.accelerator": "cpu", "trainer.default_root_dir": tmp_path / "run"}
+    for code, error in launched(tmp_path, reviews, more=flags, script="finetune"):
+        assert code == 2 and "gives no AutoModelForSequenceClassification" in error and "Traceback" not in error
 
 
 def test_a_port_in_use_is_one_line(monkeypatch):

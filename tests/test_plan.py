@@ -84,7 +84,10 @@ def test_it_says_what_to_change_and_that_helps(corpus, tmp_path, capsys, monkeyp
     on = partial(plan, tmp_path, corpus, hardware="l4", **{"model.optimizer": "AdamW", "data.seq_len": 64})
     too_large = on(**{"data.batch_size": 64})
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("fits"))
-    assert not too_large["fits"] and f"--data.batch_size {too_large['most_rows']} " in said
+    rows, micro_batches = (
+        int(said.split(f"{flag} ")[1].split()[0]) for flag in ("batch_size", "accumulate_grad_batches")
+    )
+    assert not too_large["fits"] and rows * micro_batches == 64 and rows <= too_large["most_rows"]
     assert on(**{"data.batch_size": too_large["most_rows"]})["fits"]
     assert not on(**{"data.batch_size": too_large["most_rows"] + max(1, too_large["most_rows"] // 20)})["fits"]
 
@@ -179,6 +182,7 @@ def test_a_run_that_cannot_be_foreseen_is_run(toy, monkeypatch, capsys):
         ({"mfu": 45}, "--mfu is 45.0"),
         ({"price": -1}, "--price is -1.0"),
         ({"devices": 0}, "--devices is 0"),
+        ({"output": "nowhere/plan.json"}, "there is no folder nowhere"),
         ({"devices": 8, "trainer.strategy": "deepspeed"}, "--trainer.strategy deepspeed cannot be planned"),
         ({"devices": 16, "trainer.strategy": "tp"}, "num_attention_heads=4, which 16 ranks of tensor parallel"),
     ],
@@ -188,6 +192,15 @@ def test_a_mistake_is_one_line(flags, said, corpus, tmp_path, capsys):
         plan(tmp_path, corpus, **flags)
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and said in error and error.count("\n") == 0
+
+
+def test_what_has_no_shape_is_one_line(corpus, tmp_path, capsys):
+    """Experts, of which torch's fake kernel knows bf16 alone."""
+    sizes = {f"model.architecture.{name}": value for name, value in SMALL["LlamaConfig"].items()}
+    with pytest.raises(SystemExit) as stop:
+        plan(tmp_path, corpus, **({"model.architecture": "transformers.MixtralConfig"} | sizes))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and error.startswith("error: this run cannot be planned: ") and "\n" not in error
 
 
 def test_other_recipes_are_planned_too(reviews, encoder, decoder, tmp_path, capsys):

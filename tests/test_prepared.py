@@ -17,6 +17,7 @@ from datamodules import prepare as preparing
 from datamodules import prepared
 from datamodules.mixture import BLOCK, Mixed, MixedRows
 from datamodules.prepared import Tokens, open_prepared
+from datamodules.teacher_cache import CachedRows
 from datamodules.text import Text
 from recipes import prepare
 from tests.test_recipes import fit, run
@@ -174,8 +175,8 @@ def test_what_is_elsewhere_is_read_by_ranges_and_kept(two, tmp_path, monkeypatch
         assert read and max(read) <= 512  # of a shard of 2,000 bytes
         for ours, theirs in zip(there.train_dataloader(), here.train_dataloader(), strict=True):
             assert all((ours[field] == theirs[field]).all() for field in theirs)
-        count = len(Ranges.asked)
         stream = there.store.train
+        count = len(Ranges.asked)
         again = Tokens(stream.shards, stream.dtype, stream.cache)[0 : len(stream)]
         assert np.array_equal(again, here.store.train.tokens_N[0 : len(stream)])
         assert len(Ranges.asked) == count  # it was kept
@@ -263,6 +264,8 @@ def test_a_mixture_trains_and_goes_on(two, tmp_path):
     [
         (lambda a, b: {str(a): 1.0, str(a.parent / "a"): 1.0}, "was not prepared: python recipes/prepare.py"),
         (lambda a, b: {str(a): 1.0, str(b): 0}, "the weight 0"),
+        (lambda a, b: {str(a): 1.0, str(b): 1e-4}, "less than a row in 1,024"),
+        (lambda a, b: "nostore://bucket/prepared", "--data.path nostore://bucket/prepared: "),
         (lambda a, b: shortened(a), "prepare it once more"),
         (lambda a, b: undone(a), "is damaged"),
         (lambda a, b: {str(a): 1.0, str(with_words(b)): 1.0}, "was prepared with another tokenizer than"),
@@ -293,6 +296,37 @@ def with_words(folder: Path) -> Path:
     texts = texts_of(folder.parent / "words", 4, "word")
     made(folder.parent / "of-words", texts, **{"data.tokenizer": "chars"})
     return folder.parent / "of-words"
+
+
+def test_what_is_written_anew_elsewhere_is_not_mixed_with_what_was_kept(tmp_path):
+    """Under the same address."""
+    made(tmp_path / "prepared", texts_of(tmp_path / "first", 6, "first"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(tmp_path)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/prepared"
+        assert next(opened(url, cache_dir=str(tmp_path / "cache")).documents("val")).startswith("first")
+        prepared.opened_by.cache_clear()
+        shutil.rmtree(tmp_path / "prepared")
+        made(tmp_path / "prepared", texts_of(tmp_path / "other", 6, "other"), **{"data.tokenizer": "chars"})
+        data = opened(url, cache_dir=str(tmp_path / "cache"))
+        assert all(text.startswith("other") for text in data.documents("train"))
+    finally:
+        server.shutdown()
+
+
+def test_a_folder_of_texts_may_have_a_file_called_index(tmp_path):
+    texts = texts_of(tmp_path / "texts", 6, "word")
+    (texts / "index.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}]))
+    assert opened(str(texts), tokenizer="bytes", val_fraction=0.3).store.train.counts.documents
+
+
+def test_a_mixture_is_read_with_a_teachers_cache_beside_it(two):
+    """Whose rows are wrapped once more."""
+    mixed = opened({str(two[0]): 0.5, str(two[1]): 0.5})
+    before = mixed._order()(np.arange(100))
+    mixed.train_rows = CachedRows(mixed.train_rows, None)
+    assert np.array_equal(mixed._order()(np.arange(100)), before)
 
 
 def test_what_is_prepared_is_not_written_over(two, capsys):
