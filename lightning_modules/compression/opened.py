@@ -1,0 +1,131 @@
+"""A model with whatever head it has, opened to be made smaller, and the folder that comes of it."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+import lightning_modules.lstm  # noqa: F401  (registers the LSTM with the Auto classes)
+from lightning_modules.checkpoint_io import replace_folder
+from lightning_modules.compression.packed_folder import is_packed, read_packed
+from lightning_modules.model_folder import find_folder, load_tokenizer
+
+HEADS = (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForQuestionAnswering,
+)
+ABOUT = "compression.json"
+"""In a folder, what was done to the model so far, and to which."""
+
+
+@dataclass
+class Opened:
+    folder: str
+    auto_class: type
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def scores_text(self) -> bool:
+        return self.auto_class in (AutoModelForCausalLM, AutoModelForMaskedLM)
+
+
+def auto_class_of(folder: str, config: PreTrainedConfig) -> type:
+    """By the class that a folder's config names. Raises ValueError for a head that is none of HEADS."""
+    named = (config.architectures or ["no architecture"])[0]
+    for auto_class in HEADS:
+        found = auto_class._model_mapping.get(type(config), None)
+        if found is not None and found.__name__ == named:
+            return auto_class
+    raise ValueError(f"{folder} holds {named}; pass a language model, or one that says labels or answers")
+
+
+def open_model(
+    model: str,
+    flag: str = "--model",
+    dtype: torch.dtype = torch.float32,
+    hub_is_within_reach: Callable[[], bool] = lambda: True,
+) -> Opened:
+    """Of a run's folder, a model's folder or a Hub name, weights of few bits as what they stand for."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = find_folder(model)
+    where = {} if Path(folder).is_dir() else {"local_files_only": not hub_is_within_reach()}
+    try:
+        config = AutoConfig.from_pretrained(folder, **where)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{flag} {model} is no model's folder, nor a Hub name within reach ({reason})") from None
+    auto_class = auto_class_of(folder, config)
+    try:
+        if is_packed(config):
+            network = read_packed(auto_class, folder, dtype)
+        else:
+            network, info = auto_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **where)
+            if missing := sorted(info["missing_keys"]):
+                raise ValueError(f"{flag} {folder} lacks {len(missing)} weights ({missing[0]}, …); pass a whole one")
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the weights of {folder} cannot be read ({reason}); copy or download them again") from None
+    return Opened(folder, auto_class, network.eval(), load_tokenizer(folder, **where))
+
+
+def require_dense(opened: Opened, flag: str = "--model") -> None:
+    """Raises ValueError for weights of few bits, which nothing more can be done to."""
+    if is_packed(AutoConfig.from_pretrained(opened.folder)):
+        raise ValueError(f"{flag} {opened.folder} is quantized already; pass the model that it was made from")
+
+
+def done_so_far(folder: str) -> dict[str, object]:
+    """{"source": the model that all began with, "steps": [what was done]}"""
+    file = Path(folder) / ABOUT
+    return json.loads(file.read_text()) if file.is_file() else {"source": folder, "steps": []}
+
+
+def output_folder(asked: str | None, model: str, name: str, overwrite: bool) -> Path:
+    """Where the result goes: beside the model, if nothing else is asked for. Raises FileExistsError."""
+    folder = Path(asked) if asked else Path(find_folder(model)).with_name(f"{Path(find_folder(model)).name}-{name}")
+    if folder.exists() and not overwrite:
+        raise FileExistsError(f"{folder} exists; pass another --output, or --overwrite")
+    return folder
+
+
+@contextmanager
+def written_whole(folder: Path, opened: Opened, step: dict[str, object]) -> Iterator[Path]:
+    """A folder to write a model into, which takes its place with its tokenizer and what was done once all is there."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        opened.tokenizer.save_pretrained(temporary)
+        about = done_so_far(opened.folder)
+        about["steps"] = [*about["steps"], step]
+        (temporary / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+        replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def bytes_of_weights(folder: str | Path) -> int:
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
