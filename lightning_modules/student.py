@@ -23,15 +23,20 @@ BY_LAYER = re.compile(r"layer|_types$|_pattern$|^intermediate_size$")
 OF_FIRST = "relative_attention_bias"
 """What the first layer of T5 has for all of them."""
 NARROWED = (
-    *("bart", "bert", "deberta-v2", "distilbert", "electra", "llama", "mistral", "nanochat", "opt"),
+    *("bart", "bert", "deberta-v2", "distilbert", "electra", "gpt2", "llama", "mistral", "nanochat", "opt"),
     *("qwen2", "qwen3", "roberta", "smollm3", "t5"),
 )
 """Kinds of models of whose every weight is known, and tested, what a part of it means."""
 OF_HEADS = (
-    re.compile(r"\.(q_proj|k_proj|v_proj|(pos_)?(query|key|value)(_proj)?|q_lin|k_lin|v_lin|q|k|v)\.(weight|bias)$"),
-    re.compile(r"\.(o_proj|out_proj|out_lin|o|attention\.output\.dense)\.weight$"),
+    re.compile(
+        r"\.(q_proj|k_proj|v_proj|(pos_)?(query|key|value)(_proj)?|q_lin|k_lin|v_lin|q|k|v)\.(weight|bias)$|"
+        r"\.attn\.c_(attn\.bias|proj\.weight)$"
+    ),
+    re.compile(r"\.(o_proj|out_proj|out_lin|o|attention\.output\.dense|attn\.c_attn)\.weight$"),
 )
 """Weights whose first, and whose second axis is of heads."""
+IN_ONE = re.compile(r"\.attn\.c_attn\.(weight|bias)$")
+"""Queries, keys and values one behind the other, in GPT-2."""
 NORM = re.compile(r"(norm|ln_\w+)\.weight$", re.IGNORECASE)
 
 
@@ -152,8 +157,17 @@ class PartOfTeacher:
             weight = whole[name]
             if is_projected:
                 weight = projected(name, weight, axes[ours], directions_cC)
-            part.copy_(weight[tuple(slice(size) for size in part.shape)])
+            part.copy_(leading_part(name, weight, part.shape))
         return directions_cC
+
+
+def leading_part(name: str, weight: Tensor, shape: torch.Size) -> Tensor:
+    """What a smaller weight begins as: of queries, keys and values in one matrix the leading part of each."""
+    if IN_ONE.search(name):
+        narrow = shape[-1] // 3
+        thirds = weight.unflatten(-1, (3, -1))[..., :narrow]
+        return thirds[tuple(slice(size) for size in shape[:-1])].flatten(-2)
+    return weight[tuple(slice(size) for size in shape)]
 
 
 def heads_of(config: PreTrainedConfig) -> tuple[int, int]:

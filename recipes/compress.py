@@ -2,6 +2,8 @@
 
 Run:
     python recipes/compress.py quantize --model runs/mine --scheme int4
+    python recipes/compress.py prune --model runs/mine --parameters 0.67
+    python recipes/compress.py prune --model runs/mine --method wanda --sparsity 0.5
     python recipes/compress.py report --model runs/mine runs/mine/model-int4 --data.path my_texts/
 """
 
@@ -186,6 +188,153 @@ def named(names: list[str]) -> str:
     return f"{len(names)} ({', '.join(kinds)})"
 
 
+def prune(
+    model: str,
+    data: Texts,
+    method: Literal["structured", "wanda", "magnitude"] = "structured",
+    parameters: float | None = None,
+    layers: PositiveInt | None = None,
+    width: PositiveInt | None = None,
+    inner: PositiveInt | None = None,
+    heads: PositiveInt | None = None,
+    vocabulary: PositiveInt | None = None,
+    sparsity: float | None = None,
+    pattern: Literal["unstructured", "2:4"] = "unstructured",
+    skip: tuple[str, ...] = (),
+    rows: PositiveInt = 64,
+    output: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Take away what matters least: whole layers, heads, numbers inside and words, or single weights.
+
+    Args:
+        model: A run's folder, a transformers folder, or a name on the Hub.
+        data: Where the text is.
+        method: structured: a smaller model of the same kind; wanda and magnitude: weights set to zero, those of the
+            least |w| · ‖what it reads‖ in each row, or of the least |w| in each matrix.
+        parameters: Structured: share of the parameters that is left; in which dimensions, is tried out.
+        layers: Structured: layers that are left.
+        width: Structured: numbers of a hidden state.
+        inner: Structured: numbers inside a layer, between its two linear maps.
+        heads: Structured: heads of queries; those of keys and values follow.
+        vocabulary: Words that are left, the most frequent ones of the text; beside any method.
+        sparsity: Wanda and magnitude: share of the weights that is zero afterwards.
+        pattern: Wanda and magnitude: "2:4" is two of each four weights in a row.
+        skip: Wanda and magnitude: layers whose name holds one of these stay as they are.
+        rows: Of calibration, 512 tokens each.
+        output: Folder to write. Left out: beside the model's.
+        overwrite: Whether that folder may exist.
+    """
+    from lightning_modules.compression import opened as folders
+
+    asked = {"layers": layers, "width": width, "inner": inner, "heads": heads}
+    sizes = {name: size for name, size in asked.items() if size is not None}
+    require_one_way(method, parameters, sizes, vocabulary, sparsity, pattern)
+    folder = folders.output_folder(output, model, "pruned" if method == "structured" else method, overwrite)
+    source = opened(model)
+    folders.require_dense(source)
+    from lightning_modules.compression.calibration import calibration_batches
+
+    texts = documents(data, "train")
+    step: dict[str, object] = {"verb": "prune", "method": method}
+    if vocabulary is not None:
+        step["words"] = fewer_words(source, vocabulary, texts)
+    batches = calibration_batches(source.network, source.tokenizer, texts, rows)
+    if method == "structured":
+        if parameters is not None or sizes:
+            step |= smaller(source, batches, parameters, sizes)
+    else:
+        step |= sparser(source, batches, method, 0.5 if sparsity is None else sparsity, pattern, skip)
+    with folders.written_whole(folder, source, step) as temporary:
+        source.network.to(source.stored).save_pretrained(temporary)
+    finish({model: opened(model), str(folder): opened(str(folder))}, data)
+    print(f"files  {folder}\nnext   python recipes/compress.py train --model {folder}")
+
+
+def require_one_way(
+    method: str, parameters: float | None, sizes: dict, vocabulary: int | None, sparsity: float | None, pattern: str
+) -> None:
+    """Raises ValueError for flags that do not go together."""
+    if method == "structured":
+        if sparsity is not None or pattern != "unstructured":
+            raise ValueError(
+                "--sparsity and --pattern are for --method wanda or magnitude; pass --parameters, --layers …"
+            )
+        if parameters is not None and sizes:
+            raise ValueError(f"--parameters finds the sizes itself; leave it out, or --{next(iter(sizes))}")
+        if parameters is None and not sizes and vocabulary is None:
+            raise ValueError(
+                "nothing to prune: pass --parameters 0.67, or --layers, --width, --inner, --heads, --vocabulary"
+            )
+        if parameters is not None and not 0 < parameters < 1:
+            raise ValueError(f"--parameters {parameters:g}: pass a share between 0 and 1 that is left")
+        return
+    if parameters is not None or sizes:
+        given = "parameters" if parameters is not None else next(iter(sizes))
+        raise ValueError(f"--{given} is for --method structured; pass --sparsity 0.5")
+    if sparsity is not None and not 0 < sparsity < 1:
+        raise ValueError(f"--sparsity {sparsity:g}: pass a share between 0 and 1 that is zero")
+    if pattern == "2:4" and sparsity not in (None, 0.5):
+        raise ValueError(f"--pattern 2:4 is --sparsity 0.5, not {sparsity:g}; leave one of them out")
+
+
+def fewer_words(source: "Opened", size: int, texts: list[str]) -> int:
+    """In place; how many are left."""
+    from lightning_modules.compression import vocabulary
+
+    tokenizer, network = source.tokenizer, source.network
+    kept = vocabulary.kept_ids(tokenizer, vocabulary.counted(tokenizer, texts), size)
+    before = sum(len(tokenizer(text)["input_ids"]) for text in texts)
+    source.tokenizer = vocabulary.smaller_tokenizer(tokenizer, kept)
+    source.network = vocabulary.smaller_network(network, kept, source.auto_class)
+    after = sum(len(source.tokenizer(text)["input_ids"]) for text in texts)
+    print(f"words  {len(tokenizer):,} → {len(kept):,}; the text is {100 * (after / before - 1):.2f} % more tokens")
+    return len(kept)
+
+
+def smaller(source: "Opened", batches: list, parameters: float | None, sizes: dict[str, int]) -> dict[str, object]:
+    """In place; what it is now."""
+    from lightning_modules.compression import structured
+
+    network, before = source.network, structured.sizes_of(source.network.config)
+    chosen = structured.Sizes(**sizes)
+    if parameters is not None:
+        chosen, nats = structured.best_sizes(network, parameters, batches[:2], source.auto_class)
+        print(f"tried  the sizes that leave {parameters:.0%}: these move it by {nats:.3f} nats a token, the least")
+    structured.smaller_config(network, chosen, list(range(chosen.layers or before.layers)))  # or told at once
+    worth = structured.worth_of(network, batches, chosen.layers or before.layers)
+    source.network, kept = structured.pruned(network, chosen, worth, source.auto_class)
+    after = structured.sizes_of(source.network.config)
+    for name in ("layers", "width", "inner", "heads"):
+        one, other = getattr(before, name), getattr(after, name)
+        more = f" (numbers {', '.join(map(str, kept))})" if name == "layers" and one != other else ""
+        print(f"{name:<7}{one:,} → {other:,}{more}" if one != other else f"{name:<7}{one:,}")
+    return {"sizes": vars(after), "layers": kept}
+
+
+def sparser(
+    source: "Opened", batches: list, method: str, sparsity: float, pattern: str, skip: tuple[str, ...]
+) -> dict[str, object]:
+    """In place; what it is now."""
+    from lightning_modules.compression.calibration import input_moments
+    from lightning_modules.compression.quantization import ends_of
+    from lightning_modules.compression.sparsity import require_fours, sparsify
+    from lightning_modules.compression.structured import linear_layers
+
+    ends = {id(module) for module in ends_of(source.network).values()}
+    layers = {
+        name: module
+        for name, module in linear_layers(source.network).items()
+        if id(module) not in ends and not any(part in name for part in skip)
+    }
+    if pattern == "2:4":
+        require_fours(layers)
+    moments = input_moments(source.network, layers, batches) if method == "wanda" else {}
+    zero, of = sparsify(layers, sparsity, pattern, moments)
+    print(f"zero   {zero:,} of {of:,} weights ({100 * zero / of:.2f} %) in {named(list(layers))}")
+    return {"sparsity": zero / of, "pattern": pattern, "sparse": list(layers)}
+
+
 def report(model: list[str], data: Texts) -> None:
     """Put models beside each other.
 
@@ -204,7 +353,7 @@ def finish(models: "dict[str, Opened]", data: Texts) -> None:
     print(table(judge(models, documents(data, "val") if scored else [])), flush=True)
 
 
-VERBS: dict[str, Callable] = {"quantize": quantize, "report": report}
+VERBS: dict[str, Callable] = {"quantize": quantize, "prune": prune, "report": report}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -156,7 +156,9 @@ def table(found: list[Judged]) -> str:
     rows[0] += ["ms/token", "of it"]
     for judged in found:
         scored = judged.scored
-        row = [judged.name, f"{judged.nonzero:,}", bytes_of(judged.bytes), f"{judged.bytes / first.bytes:.3f}"]
+        few = judged.nonzero < 0.95 * judged.parameters  # set to zero, not rounded to it
+        row = [judged.name, f"{judged.nonzero:,} of {judged.parameters:,}" if few else f"{judged.parameters:,}"]
+        row += [bytes_of(judged.bytes), f"{judged.bytes / first.bytes:.3f}"]
         row += ["", ""] if scored is None else [f"{scored.nats_per_token:.4f}", f"{scored.bits_per_byte:.4f}"]
         row += ["" if judged.excess is None else excess_in_words(judged, first)]
         row += [f"{judged.prompt_ms:.1f}", "" if judged.token_ms is None else f"{judged.token_ms:.2f}"]

@@ -44,6 +44,8 @@ class Opened:
     auto_class: type
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    stored: torch.dtype
+    """Of the folder's weights."""
 
     @property
     def scores_text(self) -> bool:
@@ -87,7 +89,8 @@ def open_model(
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the weights of {folder} cannot be read ({reason}); copy or download them again") from None
-    return Opened(folder, auto_class, network.eval(), load_tokenizer(folder, **where))
+    stored = getattr(torch, str(config.dtype or dtype).removeprefix("torch."))
+    return Opened(folder, auto_class, network.eval(), load_tokenizer(folder, **where), stored)
 
 
 def require_dense(opened: Opened, flag: str = "--model") -> None:

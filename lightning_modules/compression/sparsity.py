@@ -1,0 +1,52 @@
+"""Weights that are set to zero one by one, or two of each four.
+
+Shape suffixes: R rows (outputs), C columns (inputs).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Pattern = Literal["unstructured", "2:4"]
+
+
+def kept(weight_RC: Tensor, sparsity: float, pattern: Pattern, moments_CC: Tensor | None = None) -> Tensor:
+    """(R, C) bool: which weights stay, so that `sparsity` of them are gone.
+
+    With what the layer reads, in `moments_CC` (the sum of xxᵀ), the least |w| · ‖x‖ of each row go: Wanda, section 3 of
+    https://arxiv.org/abs/2306.11695. Without, the least |w| of the matrix. Of 2:4 the lesser two of four in a row.
+    """
+    worth_RC = weight_RC.abs().float()
+    if moments_CC is not None:
+        worth_RC = worth_RC * moments_CC.diagonal().sqrt()
+    if pattern == "2:4":
+        return largest(worth_RC.unflatten(1, (-1, 4)), 2).flatten(1)
+    if moments_CC is not None:
+        return largest(worth_RC, worth_RC.shape[1] - round(sparsity * worth_RC.shape[1]))
+    return largest(worth_RC.flatten(), worth_RC.numel() - round(sparsity * worth_RC.numel())).view_as(weight_RC)
+
+
+def largest(worth: Tensor, count: int) -> Tensor:
+    """Whether a number is among the `count` largest along the last axis."""
+    places = worth.topk(count, -1).indices
+    return torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, places, True)
+
+
+def require_fours(layers: dict[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        if layer.weight.shape[1] % 4:
+            raise ValueError(f"--pattern 2:4: the {layer.weight.shape[1]} inputs of {name} do not divide by 4")
+
+
+@torch.no_grad()
+def sparsify(
+    layers: dict[str, nn.Module], sparsity: float, pattern: Pattern, moments: dict[str, Tensor]
+) -> tuple[int, int]:
+    """In place; returns how many weights are zero now, of how many."""
+    zero = of = 0
+    for name, layer in layers.items():
+        layer.weight.mul_(kept(layer.weight, sparsity, pattern, moments.get(name)))
+        zero += int((layer.weight == 0).sum())
+        of += layer.weight.numel()
+    return zero, of
