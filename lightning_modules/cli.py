@@ -30,6 +30,7 @@ from transformers import PreTrainedConfig
 from lightning_modules import hardware, tracking
 from lightning_modules.callbacks.agreement import Agreement
 from lightning_modules.callbacks.comparison import Comparison
+from lightning_modules.callbacks.fake_quantization import FakeQuantization
 from lightning_modules.callbacks.guard import Guard
 from lightning_modules.callbacks.horizon import Horizon
 from lightning_modules.callbacks.plan import Plan
@@ -293,8 +294,8 @@ class RecipeCLI(LightningCLI):
         if self.subcommand == "fit":
             settings["callbacks"].append(Agreement(flags_of(self.config[self.subcommand])))
         trainer = super().instantiate_trainer(**settings)
-        # Comparison adds to what Report has written; Recovery may leave: all others first.
-        last = (Comparison, Recovery)
+        # Comparison and FakeQuantization add to what Report has written; Recovery may leave: all others first.
+        last = (FakeQuantization, Comparison, Recovery)
         trainer.callbacks.sort(key=lambda callback: last.index(type(callback)) if type(callback) in last else -1)
         return trainer
 

@@ -4,12 +4,17 @@ Run:
     python recipes/compress.py quantize --model runs/mine --scheme int4
     python recipes/compress.py prune --model runs/mine --parameters 0.67
     python recipes/compress.py prune --model runs/mine --method wanda --sparsity 0.5
+    python recipes/compress.py train --model runs/mine/model-pruned
+    python recipes/compress.py train --model runs/mine --qat int4 --trainer.max_steps 500
     python recipes/compress.py report --model runs/mine runs/mine/model-int4 --data.path my_texts/
 """
 
+import inspect
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import PositiveInt
@@ -18,7 +23,6 @@ from lightning_modules.command_line import OneLineParser, one_line_errors
 
 if TYPE_CHECKING:
     from lightning_modules.compression.opened import Opened
-    from lightning_modules.compression.packed_folder import Layers
 
 
 @dataclass
@@ -113,6 +117,7 @@ def quantize(
     from lightning_modules.compression import opened as folders
     from lightning_modules.compression.packed_folder import save_packed
     from lightning_modules.compression.quantization import put_in
+    from lightning_modules.compression.quantizing import grid_layers, minmax_layers
 
     name = f"minmax{bits}" if scheme == "minmax" else scheme
     folder = folders.output_folder(output, model, name if average_bits is None else f"mixed{average_bits:g}", overwrite)
@@ -121,7 +126,8 @@ def quantize(
     if scheme == "minmax":
         layers, told = minmax_layers(source, bits, per)
     else:
-        layers, told = grid_layers(source, data, scheme, group_size, rounding, average_bits, ends, skip, rows)
+        texts = documents(data, "train") if rounding == "gptq" or average_bits is not None else []
+        layers, told = grid_layers(source, texts, scheme, group_size, rounding, average_bits, ends, skip, rows)
     print("\n".join(told), flush=True)
     step = {"verb": "quantize", "scheme": name, "rounding": rounding, "average_bits": average_bits}
     put_in(source.network, layers)
@@ -129,63 +135,6 @@ def quantize(
         save_packed(temporary, source.network, layers)
     finish({model: opened(model), str(folder): opened(str(folder))}, data)
     print(f"files  {folder}\nnext   python recipes/export.py --model {folder} --format onnx-int8")
-
-
-def minmax_layers(source: "Opened", bits: int, per: Literal["tensor", "channel"]) -> tuple["Layers", list[str]]:
-    from lightning_modules.compression.quantization import quantized_minmax
-
-    layers = quantized_minmax(source.network, bits, per)
-    return layers, [f"{bits} bits between the least and the largest of a {per}: {named(list(layers))}"]
-
-
-def grid_layers(
-    source: "Opened",
-    data: Texts,
-    scheme: str,
-    group_size: int,
-    rounding: str,
-    average_bits: float | None,
-    ends: int,
-    skip: tuple[str, ...],
-    rows: int,
-) -> tuple["Layers", list[str]]:
-    from lightning_modules.compression import quantization
-    from lightning_modules.compression.calibration import calibration_batches, input_moments
-    from lightning_modules.compression.grids import Grid
-
-    network = source.network
-    chosen = quantization.scheme_named(scheme, group_size)
-    found = quantization.quantizable(network, skip)
-    quantization.require_groups(found, chosen.grid)
-    batches, moments = [], {}
-    if rounding == "gptq" or average_bits is not None:
-        batches = calibration_batches(network, source.tokenizer, documents(data, "train"), rows)
-    if rounding == "gptq":
-        moments = input_moments(network, found, batches)
-    grids = dict.fromkeys(found, chosen.grid)
-    if average_bits is not None:
-        steps = [Grid(2, group_size), Grid(3, group_size), Grid(4, group_size), Grid(8)]
-        lost = quantization.sensitivities(network, found, steps, moments, batches[:2])
-        grids = quantization.mixed(found, steps, lost, average_bits)
-    layers = quantization.quantized(network, found, grids, chosen.activations, moments)
-    outer = quantization.quantized_ends(network, ends)
-    told = []
-    for grid in dict.fromkeys(grids.values()):
-        those = [name for name in layers if grids[name] == grid]
-        told.append(f"{grid}, {rounding}: {named(those)}")
-    if outer:
-        told.append(f"int{ends}, a scale for each row: {named(list(outer))}")
-    left = [name for name, p in network.named_parameters() if name.rpartition(".")[0] not in layers | outer]
-    told.append(f"left in 16 bits: {named(left) if left else 'nothing'}")
-    return layers | outer, told
-
-
-def named(names: list[str]) -> str:
-    """How many, and which; those of layers by the part that they share."""
-    from lightning_modules.activations import LAYER
-
-    kinds = dict.fromkeys(name[match.end(2) + 1 :] if (match := LAYER.search(name)) else name for name in names)
-    return f"{len(names)} ({', '.join(kinds)})"
 
 
 def prune(
@@ -226,113 +175,65 @@ def prune(
         overwrite: Whether that folder may exist.
     """
     from lightning_modules.compression import opened as folders
+    from lightning_modules.compression import pruning
+    from lightning_modules.compression.calibration import calibration_batches
 
     asked = {"layers": layers, "width": width, "inner": inner, "heads": heads}
     sizes = {name: size for name, size in asked.items() if size is not None}
-    require_one_way(method, parameters, sizes, vocabulary, sparsity, pattern)
+    pruning.require_one_way(method, parameters, sizes, vocabulary, sparsity, pattern)
     folder = folders.output_folder(output, model, "pruned" if method == "structured" else method, overwrite)
     source = opened(model)
     folders.require_dense(source)
-    from lightning_modules.compression.calibration import calibration_batches
-
     texts = documents(data, "train")
     step: dict[str, object] = {"verb": "prune", "method": method}
     if vocabulary is not None:
-        step["words"] = fewer_words(source, vocabulary, texts)
+        step |= pruning.fewer_words(source, vocabulary, texts)
     batches = calibration_batches(source.network, source.tokenizer, texts, rows)
     if method == "structured":
         if parameters is not None or sizes:
-            step |= smaller(source, batches, parameters, sizes)
+            step |= pruning.smaller(source, batches, parameters, sizes)
     else:
-        step |= sparser(source, batches, method, 0.5 if sparsity is None else sparsity, pattern, skip)
+        step |= pruning.sparser(source, batches, method, 0.5 if sparsity is None else sparsity, pattern, skip)
     with folders.written_whole(folder, source, step) as temporary:
         source.network.to(source.stored).save_pretrained(temporary)
     finish({model: opened(model), str(folder): opened(str(folder))}, data)
     print(f"files  {folder}\nnext   python recipes/compress.py train --model {folder}")
 
 
-def require_one_way(
-    method: str, parameters: float | None, sizes: dict, vocabulary: int | None, sparsity: float | None, pattern: str
+def train(
+    model: str,
+    rest: list[str],
+    qat: Literal["int8", "int8-dynamic", "int4", "int3", "int2", "8da4w", "float8"] | None = None,
+    group_size: PositiveInt = 32,
+    ends: Literal[8, 16] = 8,
+    sparsity: float | None = None,
+    parameters: float | None = None,
+    rounds: PositiveInt = 1,
 ) -> None:
-    """Raises ValueError for flags that do not go together."""
-    if method == "structured":
-        if sparsity is not None or pattern != "unstructured":
-            raise ValueError(
-                "--sparsity and --pattern are for --method wanda or magnitude; pass --parameters, --layers …"
-            )
-        if parameters is not None and sizes:
-            raise ValueError(f"--parameters finds the sizes itself; leave it out, or --{next(iter(sizes))}")
-        if parameters is None and not sizes and vocabulary is None:
-            raise ValueError(
-                "nothing to prune: pass --parameters 0.67, or --layers, --width, --inner, --heads, --vocabulary"
-            )
-        if parameters is not None and not 0 < parameters < 1:
-            raise ValueError(f"--parameters {parameters:g}: pass a share between 0 and 1 that is left")
-        return
-    if parameters is not None or sizes:
-        given = "parameters" if parameters is not None else next(iter(sizes))
-        raise ValueError(f"--{given} is for --method structured; pass --sparsity 0.5")
-    if sparsity is not None and not 0 < sparsity < 1:
-        raise ValueError(f"--sparsity {sparsity:g}: pass a share between 0 and 1 that is zero")
-    if pattern == "2:4" and sparsity not in (None, 0.5):
-        raise ValueError(f"--pattern 2:4 is --sparsity 0.5, not {sparsity:g}; leave one of them out")
+    """Win back what was lost, from the model that it was made of; every flag of recipes/distill.py goes on to it.
 
+    Args:
+        model: A pruned model's folder; with --qat, --sparsity or --parameters, any.
+        rest: Flags of recipes/distill.py, such as --trainer.max_steps 500 --data.path my_texts/.
+        qat: Trains the weights as they will be stored, and stores them so, beside the run's model.
+        group_size: Of qat: weights that share a scale, below 8 bits.
+        ends: Of qat: bits of embedding and output head.
+        sparsity: More and more of the weights become zero, until half-way so many are. Zeros that are there stay.
+        parameters: Prunes first, to this share of the parameters.
+        rounds: Prunes and trains in turns so many times, until this share is reached.
+    """
+    import os
 
-def fewer_words(source: "Opened", size: int, texts: list[str]) -> int:
-    """In place; how many are left."""
-    from lightning_modules.compression import vocabulary
+    from lightning_modules.compression import training
 
-    tokenizer, network = source.tokenizer, source.network
-    kept = vocabulary.kept_ids(tokenizer, vocabulary.counted(tokenizer, texts), size)
-    before = sum(len(tokenizer(text)["input_ids"]) for text in texts)
-    source.tokenizer = vocabulary.smaller_tokenizer(tokenizer, kept)
-    source.network = vocabulary.smaller_network(network, kept, source.auto_class)
-    after = sum(len(source.tokenizer(text)["input_ids"]) for text in texts)
-    print(f"words  {len(tokenizer):,} → {len(kept):,}; the text is {100 * (after / before - 1):.2f} % more tokens")
-    return len(kept)
-
-
-def smaller(source: "Opened", batches: list, parameters: float | None, sizes: dict[str, int]) -> dict[str, object]:
-    """In place; what it is now."""
-    from lightning_modules.compression import structured
-
-    network, before = source.network, structured.sizes_of(source.network.config)
-    chosen = structured.Sizes(**sizes)
+    if rounds > 1 and parameters is None:
+        raise ValueError("--rounds prunes and trains in turns; say to which share by --parameters 0.5")
+    recipes = Path(__file__).parent
     if parameters is not None:
-        chosen, nats = structured.best_sizes(network, parameters, batches[:2], source.auto_class)
-        print(f"tried  the sizes that leave {parameters:.0%}: these move it by {nats:.3f} nats a token, the least")
-    structured.smaller_config(network, chosen, list(range(chosen.layers or before.layers)))  # or told at once
-    worth = structured.worth_of(network, batches, chosen.layers or before.layers)
-    source.network, kept = structured.pruned(network, chosen, worth, source.auto_class)
-    after = structured.sizes_of(source.network.config)
-    for name in ("layers", "width", "inner", "heads"):
-        one, other = getattr(before, name), getattr(after, name)
-        more = f" (numbers {', '.join(map(str, kept))})" if name == "layers" and one != other else ""
-        print(f"{name:<7}{one:,} → {other:,}{more}" if one != other else f"{name:<7}{one:,}")
-    return {"sizes": vars(after), "layers": kept}
-
-
-def sparser(
-    source: "Opened", batches: list, method: str, sparsity: float, pattern: str, skip: tuple[str, ...]
-) -> dict[str, object]:
-    """In place; what it is now."""
-    from lightning_modules.compression.calibration import input_moments
-    from lightning_modules.compression.quantization import ends_of
-    from lightning_modules.compression.sparsity import require_fours, sparsify
-    from lightning_modules.compression.structured import linear_layers
-
-    ends = {id(module) for module in ends_of(source.network).values()}
-    layers = {
-        name: module
-        for name, module in linear_layers(source.network).items()
-        if id(module) not in ends and not any(part in name for part in skip)
-    }
-    if pattern == "2:4":
-        require_fours(layers)
-    moments = input_moments(source.network, layers, batches) if method == "wanda" else {}
-    zero, of = sparsify(layers, sparsity, pattern, moments)
-    print(f"zero   {zero:,} of {of:,} weights ({100 * zero / of:.2f} %) in {named(list(layers))}")
-    return {"sparsity": zero / of, "pattern": pattern, "sparse": list(layers)}
+        model, rest = training.pruned_in_rounds(recipes, model, parameters, rounds, rest)
+    command = training.command(recipes, model, training.Methods(qat, group_size, ends, sparsity), rest)
+    print(shlex.join(["python", *command[1:]]), flush=True)
+    os.execv(command[0], command)  # which is the run: its signals, ranks and exit code
 
 
 def report(model: list[str], data: Texts) -> None:
@@ -353,20 +254,32 @@ def finish(models: "dict[str, Opened]", data: Texts) -> None:
     print(table(judge(models, documents(data, "val") if scored else [])), flush=True)
 
 
-VERBS: dict[str, Callable] = {"quantize": quantize, "prune": prune, "report": report}
+VERBS: dict[str, Callable] = {"quantize": quantize, "prune": prune, "train": train, "report": report}
 
 
 def main(arguments: list[str] | None = None) -> None:
+    words = list(sys.argv[1:] if arguments is None else arguments)
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     verbs = parser.add_subcommands(dest="verb")
     for name, verb in VERBS.items():
         of_verb = OneLineParser(description=verb.__doc__.splitlines()[0], allow_abbrev=False)
-        of_verb.add_function_arguments(verb, as_group=False)
+        of_verb.add_function_arguments(verb, as_group=False, skip={"rest"})
         verbs.add_subcommand(name, of_verb, help=verb.__doc__.splitlines()[0])
-    options = parser.parse_args(arguments)
+    own, rest = parted(words) if words[:1] == ["train"] else (words, None)
+    options = parser.instantiate(parser.parse_args(own))
     with one_line_errors():
-        VERBS[options.verb](**parser.instantiate(options)[options.verb])
+        VERBS[options.verb](**options[options.verb], **({} if rest is None else {"rest": rest}))
+
+
+def parted(words: list[str]) -> tuple[list[str], list[str]]:
+    """The flags of `train` itself, and those of the training."""
+    own, rest, is_own = [], [], True
+    for word in words:
+        if word.startswith("-"):
+            is_own = word.partition("=")[0][2:] in inspect.signature(train).parameters or word in ("-h", "--help")
+        (own if is_own else rest).append(word)
+    return own, rest
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

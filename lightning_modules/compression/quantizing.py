@@ -1,0 +1,65 @@
+"""From a model and what is asked for to its layers in few bits, and what is said about it."""
+
+from typing import Literal
+
+from lightning_modules.compression.calibration import calibration_batches, input_moments
+from lightning_modules.compression.grids import Grid
+from lightning_modules.compression.opened import Opened
+from lightning_modules.compression.packed_folder import Layers
+from lightning_modules.compression.quantization import (
+    Rounding,
+    SchemeName,
+    mixed,
+    quantizable,
+    quantized,
+    quantized_ends,
+    quantized_minmax,
+    require_groups,
+    scheme_named,
+    sensitivities,
+)
+from lightning_modules.compression.words import named
+
+SENSED = 2
+"""Batches of calibration by which the sensitivity of layers is measured."""
+
+
+def minmax_layers(source: Opened, bits: int, per: Literal["tensor", "channel"]) -> tuple[Layers, list[str]]:
+    """The textbook's formula for every matrix, and rows that say so."""
+    layers = quantized_minmax(source.network, bits, per)
+    return layers, [f"{bits} bits between the least and the largest of a {per}: {named(list(layers))}"]
+
+
+def grid_layers(
+    source: Opened,
+    texts: list[str],
+    scheme: SchemeName,
+    group_size: int,
+    rounding: Rounding,
+    average_bits: float | None,
+    ends: int,
+    skip: tuple[str, ...],
+    rows: int,
+) -> tuple[Layers, list[str]]:
+    """The layers of a scheme, and rows that say which they are; `texts` is empty where none is needed."""
+    network, chosen = source.network, scheme_named(scheme, group_size)
+    found = quantizable(network, skip)
+    require_groups(found, chosen.grid)
+    batches = calibration_batches(network, source.tokenizer, texts, rows) if texts else []
+    moments = input_moments(network, found, batches) if rounding == "gptq" else {}
+    grids = dict.fromkeys(found, chosen.grid)
+    if average_bits is not None:
+        steps = [Grid(2, group_size), Grid(3, group_size), Grid(4, group_size), Grid(8)]
+        require_groups(found, steps[0])
+        lost = sensitivities(network, found, steps, moments, batches[:SENSED])
+        grids = mixed(found, steps, lost, average_bits)
+    layers = quantized(network, found, grids, chosen.activations, moments)
+    outer = quantized_ends(network, ends)
+    told = []
+    for grid in dict.fromkeys(grids.values()):
+        told.append(f"{grid}, {rounding}: {named([name for name in layers if grids[name] == grid])}")
+    if outer:
+        told.append(f"int{ends}, a scale for each row: {named(list(outer))}")
+    left = [name for name, p in network.named_parameters() if name.rpartition(".")[0] not in layers | outer]
+    told.append(f"left in 16 bits: {named(left) if left else 'nothing'}")
+    return layers | outer, told
