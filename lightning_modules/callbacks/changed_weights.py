@@ -34,8 +34,12 @@ class ChangedWeights(Callback):
         """Of the weights that are changed."""
 
     @abstractmethod
-    def change(self, module: LightningModule, exact: dict[str, Tensor]) -> None:
+    def put_in(self, module: LightningModule, exact: dict[str, Tensor]) -> None:
         """Gives the network what it reads. What is changed in `exact` is changed for those behind, too."""
+
+    @abstractmethod
+    def adapt(self, module: LightningModule, exact: dict[str, Tensor]) -> None:
+        """After a step: how weights are changed from now on."""
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         if isinstance(trainer.strategy, Sharded):
@@ -58,17 +62,20 @@ class ChangedWeights(Callback):
         together.sort(key=lambda callback: callback.turn)
 
         @torch.no_grad()
-        def change(*_) -> None:
-            if not self._has_masters and self._is_put_back:
+        def after_step(*_) -> None:
+            if not self._has_masters:
                 for name, tensor in self.exact.items():
                     tensor.copy_(weights[name])
             self._is_put_back = False
             for callback in together:
-                callback.change(module, self.exact)
+                callback.adapt(module, self.exact)
+                callback.put_in(module, self.exact)
 
-        self._change = change
-        optimizer.register_step_post_hook(change)
-        change()
+        self._after_step = after_step
+        optimizer.register_step_post_hook(after_step)
+        with torch.no_grad():
+            for callback in together:
+                callback.put_in(module, self.exact)
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
@@ -79,7 +86,7 @@ class ChangedWeights(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
         if self._is_put_back:  # float16's scaler has left the step out
-            self._change()
+            self._after_step()
 
     def state_dict(self) -> dict:
         return {"exact": {} if self._has_masters else self.exact}

@@ -58,7 +58,7 @@ class FakeQuantization(ChangedWeights):
         """By the name of the module."""
         self.ends_by_name: set[str] = set()
         self.scales: dict[str, Tensor] = {}
-        self._changes = 0
+        self._steps = 0
 
     def names(self, network: nn.Module) -> list[str]:
         return [f"{name}.weight" for name in self.grids]
@@ -103,22 +103,25 @@ class FakeQuantization(ChangedWeights):
         rounded = rounded_inputs(exact.detach(), args)
         return (exact + (rounded - exact).detach(), *inputs[1:]) if exact.requires_grad else (rounded, *inputs[1:])
 
-    def change(self, module: LightningModule, exact: dict[str, Tensor]) -> None:
+    def put_in(self, module: LightningModule, exact: dict[str, Tensor]) -> None:
         for name, grid in self.grids.items():
             weight_RC = exact[f"{name}.weight"]
             if name not in self.scales:
                 self.scales[name] = scales_of(weight_RC, grid)
-            elif self._changes % self.every == 0:
-                self.scales[name] = nudged(weight_RC, self.scales[name], grid)
             module.network.get_submodule(name).weight.copy_(codes_of(weight_RC, self.scales[name], grid).values())
-        self._changes += 1
+
+    def adapt(self, module: LightningModule, exact: dict[str, Tensor]) -> None:
+        self._steps += 1
+        if self._steps % self.every == 0:
+            for name, grid in self.grids.items():
+                self.scales[name] = nudged(exact[f"{name}.weight"], self.scales[name], grid)
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"scales": self.scales, "changes": self._changes}
+        return super().state_dict() | {"scales": self.scales, "steps": self._steps}
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        self.scales, self._changes = state_dict["scales"], state_dict["changes"]
+        self.scales, self._steps = dict(state_dict["scales"]), state_dict["steps"]
 
     # What is left
 

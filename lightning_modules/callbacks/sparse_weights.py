@@ -37,7 +37,7 @@ class SparseWeights(ChangedWeights):
             raise ValueError(f"SparseWeights: from {begin} to {end} of the run; pass 0 <= begin <= end <= {LATEST}")
         self.sparsity, self.begin, self.end, self.every = sparsity, begin, end, every
         self.is_kept: dict[str, Tensor] = {}
-        self._changes = 0
+        self._steps = 0
         self._is_done = False
 
     def names(self, network: nn.Module) -> list[str]:
@@ -55,14 +55,16 @@ class SparseWeights(ChangedWeights):
         if not self.is_kept:
             self.is_kept = {name: module.network.get_parameter(name).detach() != 0 for name in names}
 
-    def change(self, module: LightningModule, exact: dict[str, Tensor]) -> None:
-        if self.sparsity is not None and not self._is_done and self._changes % self.every == 0:
+    def adapt(self, module: LightningModule, exact: dict[str, Tensor]) -> None:
+        self._steps += 1
+        if self.sparsity is not None and not self._is_done and self._steps % self.every == 0:
             self._choose(module.progress(), exact)
             forget_the_best(module.trainer)
+
+    def put_in(self, module: LightningModule, exact: dict[str, Tensor]) -> None:
         for name, is_kept in self.is_kept.items():
             exact[name].mul_(is_kept)
             module.network.get_parameter(name).copy_(exact[name])
-        self._changes += 1
 
     def _choose(self, progress: float, exact: dict[str, Tensor]) -> None:
         place = min(1.0, max(0.0, (progress - self.begin) / max(self.end - self.begin, 1e-9)))
@@ -72,11 +74,11 @@ class SparseWeights(ChangedWeights):
             self.is_kept[name] = kept(exact[name], share, "unstructured")
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"is_kept": self.is_kept, "changes": self._changes, "is_done": self._is_done}
+        return super().state_dict() | {"is_kept": self.is_kept, "steps": self._steps, "is_done": self._is_done}
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        self.is_kept, self._changes = state_dict["is_kept"], state_dict["changes"]
+        self.is_kept, self._steps = dict(state_dict["is_kept"]), state_dict["steps"]
         self._is_done = state_dict["is_done"]
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
