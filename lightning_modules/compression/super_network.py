@@ -1,0 +1,202 @@
+"""Many sizes of a model in one set of weights: each is its leading part.
+
+Shape suffixes as in taught.py.
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.stateless import _reparametrize_module
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lightning_modules import cpu_kernels
+from lightning_modules.activations import head_size
+from lightning_modules.compression.structured import Sizes, has_own_head_size, sizes_of, smaller_config
+from lightning_modules.distillation import CausalDistillation, DenoisingDistillation, MaskedDistillation
+from lightning_modules.losses import IGNORED, Head
+from lightning_modules.student import OF_FIRST, heads_of, leading_part
+from lightning_modules.taught import Taught
+from lightning_modules.token_loss import TokenLoss
+
+SPACE = "space.json"
+"""Beside an ordered model: which sizes there are."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """The sizes that are tried in each dimension, largest first, and the layers that go first where some go."""
+
+    layers: tuple[int, ...]
+    width: tuple[int, ...]
+    inner: tuple[int, ...]
+    heads: tuple[int, ...]
+    layers_least_first: tuple[int, ...]
+    is_free: bool
+    """Whether width and heads are chosen apart."""
+
+    def save(self, folder: Path) -> None:
+        (folder / SPACE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Space":
+        found = json.loads((Path(folder) / SPACE).read_text())
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+
+    @property
+    def largest(self) -> Sizes:
+        return self.sizes(0, 0, 0, 0)
+
+    @property
+    def smallest(self) -> Sizes:
+        return self.sizes(-1, -1, -1, -1)
+
+    def sizes(self, layers: int, width: int, inner: int, heads: int) -> Sizes:
+        """By the places in each dimension; where width follows from heads, it is theirs."""
+        return Sizes(
+            self.layers[layers], self.width[width if self.is_free else heads], self.inner[inner], self.heads[heads]
+        )
+
+    def all(self) -> list[Sizes]:
+        places = [range(len(values)) for values in (self.layers, self.width, self.inner, self.heads)]
+        if not self.is_free:
+            places[1] = range(1)
+        found = (self.sizes(*chosen) for chosen in itertools.product(*places))
+        return list(dict.fromkeys(found))
+
+    def drawn(self, numbers: random.Random) -> Sizes:
+        dimensions = (self.layers, self.width, self.inner, self.heads)
+        return self.sizes(*(numbers.randrange(len(values)) for values in dimensions))
+
+    def kept_layers(self, sizes: Sizes) -> list[int]:
+        depth = self.layers[0]
+        gone = self.layers_least_first[: depth - sizes.layers]
+        return [number for number in range(depth) if number not in gone]
+
+
+def space_of(config: PreTrainedConfig, shares: tuple[float, ...], layers_least_first: list[int]) -> Space:
+    """Shares of each dimension, rounded to what there can be; of layers every number down to the least share."""
+    now, (queries, shared) = sizes_of(config), heads_of(config)
+    group, is_free = queries // shared, has_own_head_size(config)
+    heads = dict.fromkeys(max(group, round(now.heads * share / group) * group) for share in shares)
+    inner = dict.fromkeys(max(8, round(now.inner * share / 8) * 8) for share in shares)
+    width = dict.fromkeys(max(8, round(now.width * share / 8) * 8) for share in shares)
+    if not is_free:
+        width = [count * head_size(config) for count in heads]
+    least = max(1, round(now.layers * min(shares)))
+    depths = range(now.layers, least - 1, -1)
+    return Space(tuple(depths), tuple(width), tuple(inner), tuple(heads), tuple(layers_least_first), is_free)
+
+
+class Part:
+    """A network of other sizes, that reads the leading parts of another's weights."""
+
+    def __init__(self, whole: PreTrainedModel, sizes: Sizes, kept_layers: list[int], auto_class: type):
+        config, self.part = smaller_config(whole, sizes, kept_layers)
+        self.network: PreTrainedModel = auto_class.from_config(config, dtype=whole.dtype)
+        self.whole = whole
+
+    def weights(self) -> dict[str, Tensor]:
+        """By name, with gradients that go on to the whole."""
+        own = dict(self.whole.named_parameters(remove_duplicate=False))
+        found = {}
+        for name, parameter in self.network.named_parameters(remove_duplicate=False):
+            where = name if OF_FIRST in name else self.part.layer_of(name)
+            found[name] = leading_part(name, own[where], parameter.shape)
+        return found
+
+    @contextmanager
+    def filled(self) -> Iterator[PreTrainedModel]:
+        """Inside, it computes with the whole's weights."""
+        with _reparametrize_module(self.network, self.weights(), tie_weights=True):
+            yield self.network
+
+    def cut_out(self) -> PreTrainedModel:
+        """With weights of its own."""
+        with torch.no_grad():
+            state = {name: weight.detach().clone() for name, weight in self.weights().items()}
+            self.network.load_state_dict(state, strict=False)
+        return self.network
+
+
+class SuperNetwork(Taught):
+    """Each step trains the whole, the smallest, and some sizes between, of one set of weights: the sandwich rule,
+    section 3.1 of https://arxiv.org/abs/1903.05134. All of them learn from the teacher.
+
+    Args:
+        between: Sizes drawn at each step, besides the whole and the smallest.
+    """
+
+    def __init__(self, *, between: int = 2, **settings: object):
+        super().__init__(**settings)
+        if self.inner is not None or self.on_policy is not None:
+            raise ValueError("--model.inner and --model.on_policy are for one network, not for many; leave them out")
+        self.between = between
+        self.space: Space | None = None
+        self._parts: dict[Sizes, Part] = {}
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.space is None:
+            folder = self.student_folder if self.student_folder is not None else self.student.folder
+            self.space = Space.read(folder)
+
+    def sampled(self) -> list[Sizes]:
+        """Of this step, the same for all its micro-batches and on all ranks; the first is the whole."""
+        numbers = random.Random(f"{self.seed} {self.trainer.global_step}")
+        drawn = [self.space.drawn(numbers) for _ in range(self.between)]
+        return list(dict.fromkeys([self.space.largest, self.space.smallest, *drawn]))
+
+    def part(self, sizes: Sizes) -> Part:
+        if sizes not in self._parts:
+            if len(self._parts) >= 64:
+                self._parts.pop(next(iter(self._parts)))
+            made = Part(self.network, sizes, self.space.kept_layers(sizes), self.auto_class)
+            made.network.to(self.device).train()
+            made.token_loss = TokenLoss(made.network, keep_only_labels=self.keep_only_labels)
+            if self.kernels:
+                cpu_kernels.install(made.network)
+            self._parts[sizes] = made
+        return self._parts[sizes]
+
+    def training_loss(self, batch: dict[str, Tensor], divisor: float) -> tuple[Tensor, ...]:
+        matching, target, labels_N = self.weights().matching, self.targets(batch), self.labels(batch)
+        sampled = self.sampled()
+        total, of_whole = 0.0, None
+        for sizes in sampled:
+            if sizes == self.space.largest:
+                student = self.student_head(batch)
+            else:
+                student = self.head_of_part(self.part(sizes), batch)
+            found = self.matched(student, target, labels_N, None, matching, divisor * len(sampled))
+            total = total + found[0]
+            of_whole = of_whole or found[1:]
+        return total, of_whole[0], self.label_count(batch), of_whole[1]
+
+    def head_of_part(self, part: Part, batch: dict[str, Tensor]) -> Head:
+        with part.filled() as network:
+            forward = partial(network, **self.inputs_of(batch, network.config))
+            head = part.token_loss.head(forward)
+        return head.rows(batch["labels"].flatten() != IGNORED) if self.keep_only_labels else head
+
+    def settings(self) -> dict[str, object]:
+        return super().settings() | {"between": self.between}
+
+
+class CausalSuperNetwork(SuperNetwork, CausalDistillation):
+    """Of decoders."""
+
+
+class MaskedSuperNetwork(SuperNetwork, MaskedDistillation):
+    """Of encoders."""
+
+
+class DenoisingSuperNetwork(SuperNetwork, DenoisingDistillation):
+    """Of encoder-decoders."""
