@@ -13,7 +13,9 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,14 +27,23 @@ from transformers.utils import logging
 import lightning_modules.lstm  # noqa: F401  (registers the LSTM with the Auto classes)
 
 Kind = Literal["causal", "masked", "encoder-decoder"]
+Head = Literal[Kind, "sequence-classification", "question-answering"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+AUTO_CLASSES = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "encoder-decoder": AutoModelForSeq2SeqLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+}
 
 
 @dataclass
 class LoadedModel:
     folder: str
-    kind: Kind
+    kind: Head
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
@@ -67,6 +78,30 @@ def load(
     `hub_is_within_reach` is asked where a name is no folder. Raises OSError or ValueError with one line where there is
     nothing of the kind.
     """
+    return _load(model_kind, model, tokenizer, device, dtype, trust_remote_code, hub_is_within_reach)
+
+
+def load_with_head(
+    model: str,
+    tokenizer: str | None = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    trust_remote_code: bool = False,
+    hub_is_within_reach: Callable[[], bool] = lambda: True,
+) -> LoadedModel:
+    """As `load`, and as well a model that says labels of a text or the span of an answer."""
+    return _load(head_kind, model, tokenizer, device, dtype, trust_remote_code, hub_is_within_reach)
+
+
+def _load(
+    kind_of: Callable[[str, PreTrainedConfig], Head],
+    model: str,
+    tokenizer: str | None,
+    device: Device,
+    dtype: DType,
+    trust_remote_code: bool,
+    hub_is_within_reach: Callable[[], bool],
+) -> LoadedModel:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = pick_device(device)
@@ -80,11 +115,10 @@ def load(
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{model} is no model's folder, nor a Hub name within reach ({reason})") from None
-    kind = model_kind(folder, config)
+    kind = kind_of(folder, config)
     tokenizer_of_model = load_tokenizer(folder if tokenizer is None else tokenizer, **where)
-    loaders = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "encoder-decoder": AutoModelForSeq2SeqLM}
     try:
-        network, info = loaders[kind].from_pretrained(folder, dtype=dtype, output_loading_info=True, **where)
+        network, info = AUTO_CLASSES[kind].from_pretrained(folder, dtype=dtype, output_loading_info=True, **where)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the weights of {folder} cannot be read ({reason}); copy or download them again") from None
@@ -120,6 +154,16 @@ def model_kind(folder: str, config: PreTrainedConfig) -> Kind:
     if architecture.endswith("ForMaskedLM") or architecture in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         return "masked"
     raise ValueError(f"{folder} holds {architecture}, which has no language-model head; pass a causal or masked LM")
+
+
+def head_kind(folder: str, config: PreTrainedConfig) -> Head:
+    """What the head of a model is for, by the first of its architectures."""
+    architecture = (config.architectures or ["no architecture"])[0]
+    if architecture.endswith("ForSequenceClassification"):
+        return "sequence-classification"
+    if architecture.endswith("ForQuestionAnswering"):
+        return "question-answering"
+    return model_kind(folder, config)
 
 
 def is_language_model(folder: Path) -> bool:
