@@ -2,7 +2,7 @@
 
 Run:
     python recipes/export.py --model runs/pretrain-DATE --format onnx
-    python recipes/export.py --model DIR --format gguf --gguf_type Q8_0 --output model.gguf
+    python recipes/export.py --model NAME --format gguf --gguf_type Q8_0 --output model.gguf
     python recipes/export.py --model gpt2 --format hf --dtype bfloat16 --output gpt2-bf16 --prompt "The sea" --json
 
 hf is a transformers folder, safetensors its weights alone, onnx and onnx-int8 are for onnxruntime, pt2 for torch alone,

@@ -30,6 +30,7 @@ from transformers import (
     Qwen3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    TorchAoConfig,
 )
 
 from datamodules.tokenization import bpe_tokenizer, character_tokenizer
@@ -288,6 +289,18 @@ def test_safetensors_is_one_file_of_the_weights_by_their_names(capsys, folder, t
     written, source = (load_file(file) for file in (tmp_path / "w.safetensors", folder("lstm") / "model.safetensors"))
     assert written.keys() == source.keys() and all(torch.equal(written[name], source[name]) for name in source)
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_a_quantized_folder_goes_out_as_the_numbers_its_codes_stand_for(capsys, folder, tmp_path: Path):
+    quantization = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    AutoModelForCausalLM.from_pretrained(folder("llama"), quantization_config=config).save_pretrained(tmp_path / "int8")
+    tokenizer("causal").save_pretrained(tmp_path / "int8")
+    found = exported(capsys, tmp_path / "int8", "hf", tmp_path / "out")
+    assert found["max_logit_difference"] == 0 and found["export_bytes"] > 1.5 * found["source_bytes"]
+    name = "model.layers.0.mlp.up_proj.weight"
+    written, before = (load_file(path / "model.safetensors")[name] for path in (tmp_path / "out", folder("llama")))
+    assert 0 < (written - before).abs().max() < before.abs().max() / 100
 
 
 @pytest.mark.parametrize("format", ["safetensors", "onnx"])

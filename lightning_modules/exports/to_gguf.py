@@ -32,7 +32,9 @@ def require_family(model: PreTrainedModel) -> None:
     """Raises ValueError for what llama.cpp would compute otherwise, or not at all."""
     name, config = type(model).__name__, model.config
     if name not in FAMILIES:
-        raise ValueError(f"--format gguf is for Llama, Qwen2, Qwen3 and GPT-2, not for {name}; onnx, pt2 and pte take it")
+        raise ValueError(
+            f"--format gguf is for Llama, Qwen2, Qwen3 and GPT-2, not for {name}; onnx, pt2 and pte take it"
+        )
     activation = config.activation_function if name == "GPT2LMHeadModel" else config.hidden_act
     if activation != ACTIVATIONS.get(name, "gelu_new"):
         raise ValueError(f"--format gguf: llama.cpp knows {name} with another activation than {activation}; see onnx")
