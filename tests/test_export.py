@@ -217,8 +217,6 @@ def test_executorch_answers_alike(capsys, folder, tmp_path: Path):
     pytest.importorskip("executorch.runtime")
     found = exported(capsys, folder("lstm"), "pte", tmp_path / "model.pte")
     assert found["holds"] and found["max_logit_difference"] < 1e-4 and found["greedy_same"] == 64
-    found = exported(capsys, folder("labels"), "pte", tmp_path / "labels.pte")
-    assert found["holds"] and found["same_top"] == 1
 
 
 # GGUF
