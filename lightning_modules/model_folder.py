@@ -13,7 +13,9 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,14 +27,23 @@ from transformers.utils import logging
 import lightning_modules.lstm  # noqa: F401  (registers the LSTM with the Auto classes)
 
 Kind = Literal["causal", "masked", "encoder-decoder"]
+Head = Literal[Kind, "sequence-classification", "question-answering"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+AUTO_CLASSES = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "encoder-decoder": AutoModelForSeq2SeqLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+}
 
 
 @dataclass
 class LoadedModel:
     folder: str
-    kind: Kind
+    kind: Head
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
@@ -67,6 +78,32 @@ def load(
     `hub_is_within_reach` is asked where a name is no folder. Raises OSError or ValueError with one line where there is
     nothing of the kind.
     """
+    return _load(model_kind, _read, model, tokenizer, device, dtype, trust_remote_code, hub_is_within_reach)
+
+
+def load_with_head(
+    model: str,
+    tokenizer: str | None = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    trust_remote_code: bool = False,
+    hub_is_within_reach: Callable[[], bool] = lambda: True,
+) -> LoadedModel:
+    """As `load`, and as well a model that says labels of a text or the span of an answer; weights of few bits come as
+    the numbers that they stand for."""
+    return _load(head_kind, _read_dense, model, tokenizer, device, dtype, trust_remote_code, hub_is_within_reach)
+
+
+def _load(
+    kind_of: Callable[[str, PreTrainedConfig], Head],
+    read: Callable[..., tuple[PreTrainedModel, list[str]]],
+    model: str,
+    tokenizer: str | None,
+    device: Device,
+    dtype: DType,
+    trust_remote_code: bool,
+    hub_is_within_reach: Callable[[], bool],
+) -> LoadedModel:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = pick_device(device)
@@ -80,17 +117,60 @@ def load(
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{model} is no model's folder, nor a Hub name within reach ({reason})") from None
-    kind = model_kind(folder, config)
+    kind = kind_of(folder, config)
     tokenizer_of_model = load_tokenizer(folder if tokenizer is None else tokenizer, **where)
-    loaders = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "encoder-decoder": AutoModelForSeq2SeqLM}
     try:
-        network, info = loaders[kind].from_pretrained(folder, dtype=dtype, output_loading_info=True, **where)
+        network, missing = read(AUTO_CLASSES[kind], folder, config, dtype, **where)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the weights of {folder} cannot be read ({reason}); copy or download them again") from None
-    if missing := sorted(info["missing_keys"]):
+    if missing:
         raise ValueError(f"{folder} lacks {len(missing)} weights of a {kind} model ({missing[0]}, …); pass a whole one")
     return LoadedModel(folder, kind, network.to(device).eval(), tokenizer_of_model)
+
+
+def _read(
+    auto_class: type, folder: str, config: PreTrainedConfig, dtype: DType, **where: bool
+) -> tuple[PreTrainedModel, list[str]]:
+    """The network, and the names of the weights that the folder lacks."""
+    network, info = auto_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **where)
+    return network, sorted(info["missing_keys"])
+
+
+def _read_dense(
+    auto_class: type, folder: str, config: PreTrainedConfig, dtype: DType, **where: bool
+) -> tuple[PreTrainedModel, list[str]]:
+    from lightning_modules.compression import packed_folder
+
+    if packed_folder.is_packed(config):
+        network = packed_folder.read_packed(auto_class, folder, dtype if dtype == "auto" else getattr(torch, dtype))
+        for module in network.modules():
+            module._forward_pre_hooks.clear()  # which round what a layer reads: that is no part of its weights
+        return network, []
+    network, missing = _read(auto_class, folder, config, dtype, **where)
+    make_dense(network, folder)
+    return network, missing
+
+
+@torch.no_grad()
+def make_dense(network: PreTrainedModel, folder: str) -> None:
+    """Replaces weights of torchao by the numbers that they stand for, in place. Raises ValueError for another kind."""
+    about = getattr(network.config, "quantization_config", None)  # only a quantized model's config has it
+    if about is None:
+        return
+    if about.quant_method != "torchao":
+        raise ValueError(
+            f"{folder} is quantized by {about.quant_method}; pass the model that it was made from, or one quantized by "
+            "compress.py, compressed-tensors or torchao"
+        )
+    for module in network.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if type(weight.data) is not torch.Tensor:
+                setattr(module, name, nn.Parameter(weight.dequantize().to(network.dtype), requires_grad=False))
+    network.tie_weights()
+    # What saving would make of them again.
+    del network.config.quantization_config, network.hf_quantizer, network._weight_conversions
+    network.is_quantized = False
 
 
 def find_folder(model: str) -> str:
@@ -120,6 +200,16 @@ def model_kind(folder: str, config: PreTrainedConfig) -> Kind:
     if architecture.endswith("ForMaskedLM") or architecture in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         return "masked"
     raise ValueError(f"{folder} holds {architecture}, which has no language-model head; pass a causal or masked LM")
+
+
+def head_kind(folder: str, config: PreTrainedConfig) -> Head:
+    """What the head of a model is for, by the first of its architectures."""
+    architecture = (config.architectures or ["no architecture"])[0]
+    if architecture.endswith("ForSequenceClassification"):
+        return "sequence-classification"
+    if architecture.endswith("ForQuestionAnswering"):
+        return "question-answering"
+    return model_kind(folder, config)
 
 
 def is_language_model(folder: Path) -> bool:
