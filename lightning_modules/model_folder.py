@@ -133,6 +133,10 @@ def _read(
     auto_class: type, folder: str, config: PreTrainedConfig, dtype: DType, **where: bool
 ) -> tuple[PreTrainedModel, list[str]]:
     """The network, and the names of the weights that the folder lacks."""
+    from lightning_modules.compression import packed_folder
+
+    if packed_folder.is_packed(config):
+        return packed_folder.read_packed(auto_class, folder, dtype if dtype == "auto" else getattr(torch, dtype)), []
     network, info = auto_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, **where)
     return network, sorted(info["missing_keys"])
 
@@ -140,14 +144,9 @@ def _read(
 def _read_dense(
     auto_class: type, folder: str, config: PreTrainedConfig, dtype: DType, **where: bool
 ) -> tuple[PreTrainedModel, list[str]]:
-    from lightning_modules.compression import packed_folder
-
-    if packed_folder.is_packed(config):
-        network = packed_folder.read_packed(auto_class, folder, dtype if dtype == "auto" else getattr(torch, dtype))
-        for module in network.modules():
-            module._forward_pre_hooks.clear()  # which round what a layer reads: that is no part of its weights
-        return network, []
     network, missing = _read(auto_class, folder, config, dtype, **where)
+    for module in network.modules():
+        module._forward_pre_hooks.clear()  # which round what a layer reads: that is no part of its weights
     make_dense(network, folder)
     return network, missing
 

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from lightning_modules import cpu_kernels, hardware
+from lightning_modules.compression.packed_folder import is_packed, read_packed
 from lightning_modules.handing_out import as_the_first, made_by_the_first
 from lightning_modules.losses import Head
 from lightning_modules.model_folder import find_folder, load_tokenizer, max_positions, read_config
@@ -64,6 +65,8 @@ class Teacher:
             return self.auto_class.from_config(copy.deepcopy(self.config), dtype=torch.float32)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        if is_packed(self.config):
+            return read_packed(self.auto_class, self.folder, torch.float32)
         try:
             settings = {"dtype": torch.float32, "output_loading_info": True}
             network, info = self.auto_class.from_pretrained(self.folder, **settings)

@@ -13,27 +13,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
-import lightning_modules.lstm  # noqa: F401  (registers the LSTM with the Auto classes)
 from lightning_modules.checkpoint_io import replace_folder
 from lightning_modules.compression.packed_folder import is_packed, read_packed
-from lightning_modules.model_folder import find_folder, load_tokenizer
+from lightning_modules.model_folder import AUTO_CLASSES, find_folder, head_kind, load_tokenizer
 
-HEADS = (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForQuestionAnswering,
-)
 ABOUT = "compression.json"
 """In a folder, what was done to the model so far, and to which."""
 
@@ -53,13 +42,8 @@ class Opened:
 
 
 def auto_class_of(folder: str, config: PreTrainedConfig) -> type:
-    """By the class that a folder's config names. Raises ValueError for a head that is none of HEADS."""
-    named = (config.architectures or ["no architecture"])[0]
-    for auto_class in HEADS:
-        found = auto_class._model_mapping.get(type(config), None)
-        if found is not None and found.__name__ == named:
-            return auto_class
-    raise ValueError(f"{folder} holds {named}; pass a language model, or one that says labels or answers")
+    """By the class that a folder's config names."""
+    return AUTO_CLASSES[head_kind(folder, config)]
 
 
 def open_model(
