@@ -6,6 +6,7 @@ Run:
     python recipes/compress.py prune --model runs/mine --method wanda --sparsity 0.5
     python recipes/compress.py train --model runs/mine/model-pruned
     python recipes/compress.py train --model runs/mine --qat int4 --trainer.max_steps 500
+    python recipes/compress.py search --model runs/mine --target latency=0.5
     python recipes/compress.py report --model runs/mine runs/mine/model-int4 --data.path my_texts/
 """
 
@@ -13,13 +14,13 @@ import inspect
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import PositiveInt
 
-from lightning_modules.command_line import OneLineParser, one_line_errors
+from lightning_modules.command_line import OneLineParser, fail, one_line_errors
 
 if TYPE_CHECKING:
     from lightning_modules.compression.opened import Opened
@@ -236,6 +237,50 @@ def train(
     os.execv(command[0], command)  # which is the run: its signals, ranks and exit code
 
 
+def search(
+    model: str,
+    data: Texts,
+    rest: list[str],
+    target: str = "latency=0.5",
+    shares: tuple[float, ...] = (1.0, 0.875, 0.75, 0.625, 0.5),
+    trials: PositiveInt = 120,
+    rows: PositiveInt = 32,
+    output: str | None = None,
+) -> None:
+    """Find the best sizes for a cost: train all of them in one, and try many; the same command goes on where it was.
+
+    Args:
+        model: A run's folder, a transformers folder, or a name on the Hub.
+        data: Where the text is.
+        rest: Flags of recipes/distill.py, by which the super-network is trained, such as --trainer.max_steps 500.
+        target: What the model may cost of what the whole one does: latency=0.5, parameters=0.6, or both,
+            latency=0.5,parameters=0.6.
+        shares: Of width, of what is inside, and of heads, which are tried; of layers all numbers down to the least.
+        trials: Sizes that are tried: all, if they are no more, else those that NSGA-II chooses.
+        rows: Of text by which they are measured, 512 tokens each.
+        output: Folder of all that comes of it. Left out: runs/search-DATE.
+    """
+    import subprocess
+
+    from lightning_modules.compression import architecture_search as tried
+    from lightning_modules.compression import searching
+    from lightning_modules.run_folder import moment
+
+    wanted = searching.parsed_target(target)
+    folder = Path(output or f"runs/search-{moment()}")
+    if not (folder / "ordered" / "config.json").is_file():
+        searching.write_ordered(opened(model), folder / "ordered", documents(data, "train"), rows, tuple(shares))
+    if not (folder / "super" / "model" / "config.json").is_file():
+        command = searching.command(Path(__file__).parent, folder, rest)
+        print(shlex.join(["python", *command[1:]]), flush=True)
+        if code := subprocess.run(command).returncode:
+            fail(f"the training of the super-network ended with {code}", code)
+    measured = searching.measured(folder, documents(data, "val"), rows)
+    points = tried.search(measured, trials)
+    searching.tell(measured, points, trials, folder)
+    searching.write_front(measured, tried.front(points), wanted, folder)
+
+
 def report(model: list[str], data: Texts) -> None:
     """Put models beside each other.
 
@@ -254,7 +299,7 @@ def finish(models: "dict[str, Opened]", data: Texts) -> None:
     print(table(judge(models, documents(data, "val") if scored else [])), flush=True)
 
 
-VERBS: dict[str, Callable] = {"quantize": quantize, "prune": prune, "train": train, "report": report}
+VERBS: dict[str, Callable] = {"quantize": quantize, "prune": prune, "train": train, "search": search, "report": report}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -265,19 +310,28 @@ def main(arguments: list[str] | None = None) -> None:
         of_verb = OneLineParser(description=verb.__doc__.splitlines()[0], allow_abbrev=False)
         of_verb.add_function_arguments(verb, as_group=False, skip={"rest"})
         verbs.add_subcommand(name, of_verb, help=verb.__doc__.splitlines()[0])
-    own, rest = parted(words) if words[:1] == ["train"] else (words, None)
+    own, rest = parted(words) if words[:1] in (["train"], ["search"]) else (words, None)
     options = parser.instantiate(parser.parse_args(own))
     with one_line_errors():
         VERBS[options.verb](**options[options.verb], **({} if rest is None else {"rest": rest}))
 
 
 def parted(words: list[str]) -> tuple[list[str], list[str]]:
-    """The flags of `train` itself, and those of the training."""
-    own, rest, is_own = [], [], True
+    """The flags of a verb that trains, and those of its training; both get those of the text that both know."""
+    verb = VERBS[words[0]]
+    names = set(inspect.signature(verb).parameters) - {"rest", "data"} | {"help"}
+    of_both = (
+        {f"data.{field.name}" for field in fields(Texts)} if "data" in inspect.signature(verb).parameters else set()
+    )
+    own, rest, places = [], [], []
     for word in words:
-        if word.startswith("-"):
-            is_own = word.partition("=")[0][2:] in inspect.signature(train).parameters or word in ("-h", "--help")
-        (own if is_own else rest).append(word)
+        if word.startswith("-") or not places:
+            name = word.partition("=")[0].lstrip("-")
+            places = [own] if not word.startswith("-") or name in names else [own, rest] if name in of_both else [rest]
+            if name in ("data.separator", "data.max_val_documents") and name in of_both:
+                places = [own]
+        for place in places:
+            place.append(word)
     return own, rest
 
 

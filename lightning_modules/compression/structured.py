@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_modules.activations import LAYER, head_size
@@ -56,11 +56,8 @@ def smaller_config(
 ) -> tuple[PreTrainedConfig, PartOfTeacher]:
     """Raises ValueError for sizes that are no part of the network's."""
     config, now = network.config, sizes_of(network.config)
-    if config.model_type not in NARROWED and (sizes.width or sizes.inner or sizes.heads):
-        raise ValueError(
-            f"--width, --inner and --heads: what a part of a {config.model_type} is, is not known, but of "
-            f"{', '.join(NARROWED)}; --layers alone is"
-        )
+    if sizes.width or sizes.inner or sizes.heads:
+        require_parts(config)
     for name in ("layers", "width", "inner", "heads"):
         asked, there = getattr(sizes, name), getattr(now, name)
         if asked is not None and not 0 < asked <= there:
@@ -84,6 +81,18 @@ def smaller_config(
             fields[name] = width
     part = PartOfTeacher(kept_layers, {config.attribute_map.get(name, name): value for name, value in fields.items()})
     return part.config(config), part
+
+
+def require_parts(config: PreTrainedConfig) -> None:
+    """Raises ValueError for a family of which a part of a weight is not known."""
+    if config.model_type not in NARROWED:
+        raise ValueError(
+            f"what a part of a {config.model_type} is, is not known, but of {', '.join(NARROWED)}; prune --layers alone"
+        )
+
+
+def config_of(folder: str) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(folder)
 
 
 def say_sizes(config: PreTrainedConfig) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.stateless import _reparametrize_module
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lightning_modules import cpu_kernels
+from lightning_modules import cpu_kernels, hardware
 from lightning_modules.activations import head_size
 from lightning_modules.compression.structured import Sizes, has_own_head_size, sizes_of, smaller_config
 from lightning_modules.distillation import CausalDistillation, DenoisingDistillation, MaskedDistillation
@@ -26,6 +26,8 @@ from lightning_modules.student import OF_FIRST, heads_of, leading_part
 from lightning_modules.taught import Taught
 from lightning_modules.token_loss import TokenLoss
 
+REMEMBERED = 64
+"""Parts that are kept for later steps."""
 SPACE = "space.json"
 """Beside an ordered model: which sizes there are."""
 
@@ -140,7 +142,7 @@ class SuperNetwork(Taught):
             raise ValueError("--model.inner and --model.on_policy are for one network, not for many; leave them out")
         self.between = between
         self.space: Space | None = None
-        self._parts: dict[Sizes, Part] = {}
+        self._parts: dict[Sizes, TrainedPart] = {}
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -154,16 +156,13 @@ class SuperNetwork(Taught):
         drawn = [self.space.drawn(numbers) for _ in range(self.between)]
         return list(dict.fromkeys([self.space.largest, self.space.smallest, *drawn]))
 
-    def part(self, sizes: Sizes) -> Part:
+    def part(self, sizes: Sizes) -> "TrainedPart":
+        if hardware.is_planning():  # whose tensors are none
+            return TrainedPart(self, sizes)
         if sizes not in self._parts:
-            if len(self._parts) >= 64:
+            if len(self._parts) >= REMEMBERED:
                 self._parts.pop(next(iter(self._parts)))
-            made = Part(self.network, sizes, self.space.kept_layers(sizes), self.auto_class)
-            made.network.to(self.device).train()
-            made.token_loss = TokenLoss(made.network, keep_only_labels=self.keep_only_labels)
-            if self.kernels:
-                cpu_kernels.install(made.network)
-            self._parts[sizes] = made
+            self._parts[sizes] = TrainedPart(self, sizes)
         return self._parts[sizes]
 
     def training_loss(self, batch: dict[str, Tensor], divisor: float) -> tuple[Tensor, ...]:
@@ -180,7 +179,7 @@ class SuperNetwork(Taught):
             of_whole = of_whole or found[1:]
         return total, of_whole[0], self.label_count(batch), of_whole[1]
 
-    def head_of_part(self, part: Part, batch: dict[str, Tensor]) -> Head:
+    def head_of_part(self, part: "TrainedPart", batch: dict[str, Tensor]) -> Head:
         with part.filled() as network:
             forward = partial(network, **self.inputs_of(batch, network.config))
             head = part.token_loss.head(forward)
@@ -188,6 +187,17 @@ class SuperNetwork(Taught):
 
     def settings(self) -> dict[str, object]:
         return super().settings() | {"between": self.between}
+
+
+class TrainedPart(Part):
+    """With what makes its loss."""
+
+    def __init__(self, module: SuperNetwork, sizes: Sizes):
+        super().__init__(module.network, sizes, module.space.kept_layers(sizes), module.auto_class)
+        self.network.to(module.device).train()
+        self.token_loss = TokenLoss(self.network, keep_only_labels=module.keep_only_labels)
+        if module.kernels:
+            cpu_kernels.install(self.network)
 
 
 class CausalSuperNetwork(SuperNetwork, CausalDistillation):

@@ -1,0 +1,183 @@
+"""Which sizes of a model are worth their cost: tried in a super-network, without training each."""
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from lightning_modules.architectures import parameter_count
+from lightning_modules.compression.calibration import Batch
+from lightning_modules.compression.structured import Sizes
+from lightning_modules.compression.super_network import Part, Space
+
+TURNS = 7
+UNIFORM = 5
+"""Sizes of the baseline that scales all dimensions alike."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Sizes, and what they cost of what the whole costs."""
+
+    sizes: Sizes
+    nats: float
+    """Per token of held-out text."""
+    parameters: float
+    latency: float
+
+    def costs(self) -> tuple[float, float, float]:
+        return self.nats, self.parameters, self.latency
+
+    def dominates(self, other: "Point") -> bool:
+        """No worse in anything, and better in something."""
+        pairs = list(zip(self.costs(), other.costs(), strict=True))
+        return all(mine <= its for mine, its in pairs) and any(mine < its for mine, its in pairs)
+
+
+class Trials:
+    """Points of a space, each measured once.
+
+    Args:
+        network: A super-network.
+        space: Its sizes.
+        auto_class: Of its networks.
+        batches: Held-out text.
+    """
+
+    def __init__(self, network: PreTrainedModel, space: Space, auto_class: type, batches: list[Batch]):
+        self.network, self.space, self.auto_class, self.batches = network, space, auto_class, batches
+        self.found: dict[Sizes, Point] = {}
+        self._whole = parameter_count(network)
+
+    def part(self, sizes: Sizes) -> Part:
+        made = Part(self.network, sizes, self.space.kept_layers(sizes), self.auto_class)
+        made.network.to(self.network.device).eval()
+        return made
+
+    @torch.inference_mode()
+    def __call__(self, sizes: Sizes) -> Point:
+        if sizes not in self.found:
+            part = self.part(sizes)
+            with part.filled() as small:
+                nats = nats_per_token(small, self.batches)
+                latency = ratio_of_times(lambda: small(**self._row), lambda: self.network(**self._row))
+            share = parameter_count(part.network) / self._whole
+            self.found[sizes] = Point(sizes, nats, share, latency)
+        return self.found[sizes]
+
+    @property
+    def _row(self) -> Batch:
+        return {name: value[:1] for name, value in self.batches[0].items()}
+
+
+def nats_per_token(network: PreTrainedModel, batches: list[Batch]) -> float:
+    """Of the next token; of encoder-decoders the decoder's; of encoders each token itself, which ranks sizes alike."""
+    total, count = 0.0, 0
+    for batch in batches:
+        ids = batch.get("decoder_input_ids", batch["input_ids"])
+        shift = 1 if network.can_generate() else 0
+        logits, labels = network(**batch).logits[:, : ids.shape[1] - shift].float(), ids[:, shift:]
+        total += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+        count += labels.numel()
+    return total / count
+
+
+def ratio_of_times(small: Callable[[], object], whole: Callable[[], object]) -> float:
+    """Of medians, in turns."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(TURNS + 1):
+        for place, call in enumerate((small, whole)):
+            start = time.perf_counter()
+            call()
+            if turn:
+                seconds[place].append(time.perf_counter() - start)
+    return statistics.median(seconds[0]) / statistics.median(seconds[1])
+
+
+def front(points: list[Point]) -> list[Point]:
+    """Those that no other dominates, by their nats."""
+    best = [point for point in points if not any(other.dominates(point) for other in points)]
+    return sorted(best, key=lambda point: point.nats)
+
+
+def search(trials: Trials, budget: int, seed: int = 0) -> list[Point]:
+    """All points where there are no more than `budget`, else as many as NSGA-II chooses."""
+    space = trials.space
+    if len(sizes := space.all()) <= budget:
+        return [trials(one) for one in sizes]
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    dimensions = {"layers": space.layers, "width": space.width, "inner": space.inner, "heads": space.heads}
+
+    def tried(trial: optuna.Trial) -> tuple[float, float, float]:
+        places = {name: trial.suggest_int(name, 0, len(values) - 1) for name, values in dimensions.items()}
+        return trials(space.sizes(**places)).costs()
+
+    sampler = optuna.samplers.NSGAIISampler(population_size=max(8, budget // 6), seed=seed)
+    study = optuna.create_study(directions=["minimize"] * 3, sampler=sampler)
+    ends = ({name: 0 for name in dimensions}, {name: len(values) - 1 for name, values in dimensions.items()})
+    for places in ends:
+        study.enqueue_trial(places)
+    while len(trials.found) < budget and len(study.trials) < 4 * budget:
+        study.optimize(tried, n_trials=1)
+    return list(trials.found.values())
+
+
+def uniform(space: Space) -> list[Sizes]:
+    """All dimensions scaled alike, in equal steps from the whole to the smallest."""
+    found = []
+    for step in range(UNIFORM):
+        share = step / (UNIFORM - 1)
+        places = [round(share * (len(v) - 1)) for v in (space.layers, space.width, space.inner, space.heads)]
+        found.append(space.sizes(*places))
+    return list(dict.fromkeys(found))
+
+
+def at_random(space: Space, count: int, seed: int) -> list[Sizes]:
+    import random
+
+    numbers, found = random.Random(seed), {space.largest: None, space.smallest: None}
+    for _ in range(20 * count):
+        if len(found) < count:
+            found[space.drawn(numbers)] = None
+    return list(found)
+
+
+def hypervolume(points: list[Point], worst: tuple[float, float]) -> float:
+    """Of (nats, latency), what lies between the front and the worst of both: more is better."""
+    best = sorted({(p.latency, p.nats) for p in points if p.latency <= worst[1] and p.nats <= worst[0]})
+    area, lowest = 0.0, worst[0]
+    for (latency, nats), (following, _) in itertools.pairwise([*best, (worst[1], 0.0)]):
+        lowest = min(lowest, nats)
+        area += (following - latency) * (worst[0] - lowest)
+    return area
+
+
+def chosen(points: list[Point], target: dict[str, float]) -> Point | None:
+    """The least nats among those that cost no more than the target."""
+    fitting = [p for p in points if all(getattr(p, name) <= most for name, most in target.items())]
+    return min(fitting, key=lambda point: point.nats, default=None)
+
+
+def save(points: list[Point], file: Path) -> None:
+    file.write_text(json.dumps([asdict(point) for point in points], indent=2) + "\n")
+
+
+def rows(points: list[Point]) -> list[str]:
+    """A table."""
+    lines = ["layers  width  inner  heads  nats/token  parameters  latency"]
+    for point in points:
+        s = point.sizes
+        lines.append(
+            f"{s.layers:>6}  {s.width:>5}  {s.inner:>5}  {s.heads:>5}  {point.nats:>10.4f}  {point.parameters:>10.3f}  "
+            f"{point.latency:>7.2f}"
+        )
+    return lines

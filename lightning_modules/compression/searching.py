@@ -1,0 +1,119 @@
+"""The steps of a search: the ordered model, its super-network, the points that are tried and those that are written."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+from lightning_modules.compression import architecture_search as tried
+from lightning_modules.compression import opened as folders
+from lightning_modules.compression import structured
+from lightning_modules.compression.calibration import calibration_batches
+from lightning_modules.compression.super_network import Space, space_of
+
+MODULES = {
+    AutoModelForCausalLM: "CausalSuperNetwork",
+    AutoModelForMaskedLM: "MaskedSuperNetwork",
+    AutoModelForSeq2SeqLM: "DenoisingSuperNetwork",
+}
+
+
+def parsed_target(words: str) -> dict[str, float]:
+    """latency=0.5,parameters=0.6. Raises ValueError for anything else."""
+    found = {}
+    for word in words.split(","):
+        name, _, value = word.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = -1.0
+        if name not in ("latency", "parameters") or not 0 < found[name] <= 1:
+            raise ValueError(f"--target {word}: pass latency=0.5 or parameters=0.5, shares of the whole model")
+    return found
+
+
+def write_ordered(source: folders.Opened, folder: Path, texts: list[str], rows: int, shares: tuple[float, ...]) -> None:
+    """The model with what matters most first, and which sizes of it there are."""
+    folders.require_dense(source)
+    if source.auto_class not in MODULES:
+        raise ValueError(f"--model {source.folder} says labels; a search is for language models")
+    if not shares or not all(0 < share <= 1 for share in shares) or max(shares) < 1:
+        raise ValueError(f"--shares {list(shares)}: pass shares up to 1, and 1 among them")
+    network = source.network
+    structured.smaller_config(network, structured.Sizes(), list(range(structured.sizes_of(network.config).layers)))
+    structured.require_parts(network.config)
+    batches = calibration_batches(network, source.tokenizer, texts, rows)
+    depth = structured.sizes_of(network.config).layers
+    worth = structured.worth_of(network, batches, max(1, round(depth * min(shares))))
+    structured.reorder(network, worth.orders)
+    space = space_of(network.config, tuple(sorted(shares, reverse=True)), worth.layers_least_first)
+    with folders.written_whole(folder, source, {"verb": "reorder"}) as temporary:
+        network.to(source.stored).save_pretrained(temporary)
+        space.save(temporary)
+
+
+def command(recipes: Path, folder: Path, rest: list[str]) -> list[str]:
+    """Of the training of the super-network."""
+    ordered = str(folder / "ordered")
+    auto_class = folders.auto_class_of(ordered, structured.config_of(ordered))
+    given = {word.partition("=")[0] for word in rest}
+    words = [sys.executable, str(recipes / "distill.py"), "fit"]
+    if not given & {"--config", "-c"}:
+        words += ["--config", str(recipes / "distill_compressed.yaml")]
+    words += [f"--model=lightning_modules.compression.super_network.{MODULES[auto_class]}"]
+    words += [f"--model.student={ordered}"]
+    if "--model.teacher" not in given:
+        words += [f"--model.teacher={folders.done_so_far(ordered)['source']}"]
+    words += ["--comparison.control=false", f"--trainer.default_root_dir={folder / 'super'}", "--ckpt_path=last"]
+    return words + rest
+
+
+def measured(folder: Path, documents: list[str], rows: int) -> tried.Trials:
+    """What measures sizes of the trained super-network on held-out text."""
+    trained = folders.open_model(str(folder / "super"))
+    batches = calibration_batches(trained.network, trained.tokenizer, documents, rows)
+    return tried.Trials(trained.network, Space.read(folder / "ordered"), trained.auto_class, batches)
+
+
+def tell(trials: tried.Trials, points: list[tried.Point], budget: int, folder: Path) -> None:
+    """The front, and what other ways to choose would have found."""
+    space, best = trials.space, tried.front(points)
+    print(
+        f"tried  {len(points)} of {len(space.all())} sizes; none is better in loss, parameters and latency than these:"
+    )
+    print("\n".join(tried.rows(best)))
+    uniform = [trials(sizes) for sizes in tried.uniform(space)]
+    beaten = [point for point in uniform if any(p.dominates(point) for p in best)]
+    print(f"\nall dimensions alike: {len(beaten)} of {len(uniform)} are dominated")
+    print("\n".join(tried.rows(uniform)))
+    drawn = [trials(sizes) for sizes in tried.at_random(space, min(budget, len(points)), seed=1)]
+    worst = max(p.nats for p in [*points, *drawn]), max(p.latency for p in [*points, *drawn])
+    volumes = [tried.hypervolume(some, worst) for some in (points, drawn)]
+    print(f"\nas many at random: {volumes[1] / volumes[0]:.3f} of the volume under the front of loss and latency")
+    tried.save(points, folder / "points.json")
+
+
+def write_front(trials: tried.Trials, best: list[tried.Point], target: dict[str, float], folder: Path) -> None:
+    """A folder for each point of the front, and once more the one that is chosen for the target."""
+    source = folders.open_model(str(folder / "super"))
+    whole = source.network
+    names = {}
+    for point in best:
+        s = point.sizes
+        names[point] = folder / "points" / f"{s.layers}x{s.width}x{s.inner}x{s.heads}"
+        source.network = trials.part(s).cut_out()
+        step = {"verb": "search", "sizes": vars(s), "nats": point.nats}
+        with folders.written_whole(names[point], source, step) as temporary:
+            source.network.to(source.stored).save_pretrained(temporary)
+    source.network = whole
+    found = tried.chosen(best, target)
+    told = ", ".join(f"{name} ≤ {value:g}" for name, value in target.items())
+    if found is None:
+        print(f"\nfiles  {folder / 'points'}\nnone of the sizes has {told}; pass smaller --shares, or another --target")
+        return
+    shutil.rmtree(folder / "chosen", ignore_errors=True)
+    shutil.copytree(names[found], folder / "chosen")
+    print(f"\n{told}: {found.nats:.4f} nats a token, parameters {found.parameters:.3f}, latency {found.latency:.2f}")
+    print(f"files  {folder / 'points'}, {folder / 'chosen'}")
+    print(f"next   python recipes/compress.py train --model {folder / 'chosen'}")
