@@ -7,6 +7,7 @@ Run:
     python recipes/compress.py train --model runs/mine/model-pruned
     python recipes/compress.py train --model runs/mine --qat int4 --trainer.max_steps 500
     python recipes/compress.py search --model runs/mine --target latency=0.5
+    python recipes/compress.py run --model runs/mine
     python recipes/compress.py report --model runs/mine runs/mine/model-int4 --data.path my_texts/
 """
 
@@ -23,6 +24,7 @@ from jsonargparse.typing import PositiveInt
 from lightning_modules.command_line import OneLineParser, fail, one_line_errors
 
 if TYPE_CHECKING:
+    from lightning_modules.compression.judging import Judged
     from lightning_modules.compression.opened import Opened
 
 
@@ -75,8 +77,11 @@ def split_at(text: str, separator: str | None) -> list[str]:
 
 def opened(model: str) -> "Opened":
     from datamodules import hub
+    from lightning_modules.compression.onnx_decoder import is_onnx, open_onnx
     from lightning_modules.compression.opened import open_model
 
+    if is_onnx(model):
+        return open_onnx(model)
     return open_model(model, hub_is_within_reach=hub.is_within_reach)
 
 
@@ -84,7 +89,7 @@ def quantize(
     model: str,
     data: Texts,
     scheme: Literal["int8", "int8-dynamic", "int4", "int3", "int2", "8da4w", "float8", "minmax"] = "int8",
-    group_size: PositiveInt = 32,
+    group_size: PositiveInt | None = None,
     rounding: Literal["gptq", "nearest"] = "gptq",
     average_bits: float | None = None,
     bits: Literal[1, 2, 3, 4, 5, 6, 7, 8] = 4,
@@ -102,7 +107,7 @@ def quantize(
         data: Where the text is.
         scheme: int8, int4, int3, int2: the weights alone; int8-dynamic, 8da4w, float8: what layers read is rounded,
             too, to 8 bits a token; minmax: the textbook's linear formula, for study.
-        group_size: Weights that share a scale, below 8 bits.
+        group_size: Weights that share a scale, below 8 bits. Left out: 32, or fewer that divide all layers.
         rounding: gptq makes up for the error of each weight by those behind it, on text that is read; nearest reads
             none.
         average_bits: Of int4, int3, int2 or 8: as many bits for each layer as it needs, so that all together have so
@@ -205,7 +210,7 @@ def train(
     model: str,
     rest: list[str],
     qat: Literal["int8", "int8-dynamic", "int4", "int3", "int2", "8da4w", "float8"] | None = None,
-    group_size: PositiveInt = 32,
+    group_size: PositiveInt | None = None,
     ends: Literal[8, 16] = 8,
     sparsity: float | None = None,
     parameters: float | None = None,
@@ -217,7 +222,7 @@ def train(
         model: A pruned model's folder; with --qat, --sparsity or --parameters, any.
         rest: Flags of recipes/distill.py, such as --trainer.max_steps 500 --data.path my_texts/.
         qat: Trains the weights as they will be stored, and stores them so, beside the run's model.
-        group_size: Of qat: weights that share a scale, below 8 bits.
+        group_size: Of qat: as of quantize.
         ends: Of qat: bits of embedding and output head.
         sparsity: More and more of the weights become zero, until half-way so many are. Zeros that are there stay.
         parameters: Prunes first, to this share of the parameters.
@@ -281,25 +286,69 @@ def search(
     searching.write_front(measured, tried.front(points), wanted, folder)
 
 
-def report(model: list[str], data: Texts) -> None:
+def run(
+    data: Texts,
+    config: Path | None = None,
+    model: str | None = None,
+    output: str | None = None,
+) -> None:
+    """Do several steps one after the other; the same command goes on where it was.
+
+    Args:
+        config: A YAML with nodes: each has a verb, the node or nodes whose model it takes, and flags of that verb. Left
+            out: recipes/compress_pipeline.yaml.
+        model: What all begins with. Left out: the newest pretraining in runs/.
+        data: Where the text is, for all nodes that read some.
+        output: Folder with one in it for each node. Left out: beside the model's run.
+    """
+    from lightning_modules.compression.pipeline import Pipeline, read_nodes
+    from lightning_modules.model_folder import find_folder, newest_pretraining
+
+    config = config or Path(__file__).with_name("compress_pipeline.yaml")
+    content, nodes = read_nodes(config)
+    model = model or content.get("model") or newest_pretraining(lambda found: True, distilled=False)
+    if model is None:
+        raise ValueError("there is no pretraining in runs/; name a model by --model, or run recipes/pretrain.py fit")
+    folder = Path(output or content.get("output") or f"{find_folder(model)}-{config.stem}")
+    given = {field.name: getattr(data, field.name) for field in fields(Texts)}
+    texts = {name: value for name, value in given.items() if value != getattr(Texts(), name)}
+    Pipeline(Path(__file__).parent, model, folder, texts).run(nodes)
+
+
+def report(model: list[str], data: Texts, output: str | None = None) -> None:
     """Put models beside each other.
 
     Args:
-        model: Runs' folders, transformers folders or names on the Hub; the first is what the others are measured
-            against.
+        model: Runs' folders, transformers folders, names on the Hub, or decoders that export.py wrote for onnxruntime;
+            the first is what the others are measured against.
         data: Where the text is, by whose held-out part they are judged.
+        output: A folder for the table, the same as JSON, and a picture of bits per byte against bytes and time.
     """
-    finish({name: opened(name) for name in model}, data)
+    from lightning_modules.compression.judging import save
+
+    found = finish({name: opened(name) for name in model}, data)
+    if output is not None:
+        save(found, Path(output))
+        print(f"files  {output}: report.txt, report.json, report.png")
 
 
-def finish(models: "dict[str, Opened]", data: Texts) -> None:
+def finish(models: "dict[str, Opened]", data: Texts) -> "list[Judged]":
     from lightning_modules.compression.judging import judge, table
 
     scored = next(iter(models.values())).scores_text
-    print(table(judge(models, documents(data, "val") if scored else [])), flush=True)
+    found = judge(models, documents(data, "val") if scored else [])
+    print(table(found), flush=True)
+    return found
 
 
-VERBS: dict[str, Callable] = {"quantize": quantize, "prune": prune, "train": train, "search": search, "report": report}
+VERBS: dict[str, Callable] = {
+    "quantize": quantize,
+    "prune": prune,
+    "train": train,
+    "search": search,
+    "run": run,
+    "report": report,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -308,7 +357,10 @@ def main(arguments: list[str] | None = None) -> None:
     verbs = parser.add_subcommands(dest="verb")
     for name, verb in VERBS.items():
         of_verb = OneLineParser(description=verb.__doc__.splitlines()[0], allow_abbrev=False)
-        of_verb.add_function_arguments(verb, as_group=False, skip={"rest"})
+        several = {"model"} if name == "report" else set()
+        if several:
+            of_verb.add_argument("--model", nargs="+", required=True, help="Several; the first is the measure.")
+        of_verb.add_function_arguments(verb, as_group=False, skip={"rest"} | several)
         verbs.add_subcommand(name, of_verb, help=verb.__doc__.splitlines()[0])
     own, rest = parted(words) if words[:1] in (["train"], ["search"]) else (words, None)
     options = parser.instantiate(parser.parse_args(own))

@@ -23,10 +23,11 @@ from lightning_modules.compression.packed_folder import (
     save_packed,
 )
 from lightning_modules.compression.quantization import (
+    Scheme,
     SchemeName,
     ends_of,
+    fitting_group,
     quantizable,
-    require_groups,
     scheme_named,
 )
 
@@ -41,18 +42,19 @@ class FakeQuantization(ChangedWeights):
 
     Args:
         scheme: As of `compress.py quantize`.
-        group_size: Weights that share a scale, below 8 bits.
+        group_size: Weights that share a scale, below 8 bits. Left out: 32, or fewer that divide all layers.
         ends: Bits of embedding and output head.
         every: Steps after which scales follow the weights.
     """
 
     turn = 1  # what is zero stays zero on every grid
 
-    def __init__(self, scheme: SchemeName = "int4", group_size: int = 32, ends: int = 8, every: int = 8):
+    def __init__(self, scheme: SchemeName = "int4", group_size: int | None = None, ends: int = 8, every: int = 8):
         super().__init__()
         if scheme == "minmax":
             raise ValueError("minmax is for study, and nothing is trained to it; pass int4, int2, 8da4w …")
-        self.scheme_name, self.scheme = scheme, scheme_named(scheme, group_size)
+        self.scheme_name, self.group_size = scheme, group_size
+        self.scheme: Scheme | None = None
         self.ends, self.every = ends, every
         self.grids: dict[str, Grid] = {}
         """By the name of the module."""
@@ -67,7 +69,7 @@ class FakeQuantization(ChangedWeights):
         super().on_fit_start(trainer, module)
         network, seen = module.network, set()
         layers = quantizable(network)
-        require_groups(layers, self.scheme.grid)
+        self.scheme = scheme_named(self.scheme_name, fitting_group(layers, self.group_size))
         grids = dict.fromkeys(layers, self.scheme.grid)
         if self.ends != 16:
             self.ends_by_name = set(ends_of(network))

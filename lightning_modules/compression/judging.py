@@ -3,11 +3,13 @@
 Shape suffixes: D documents, S resamplings.
 """
 
+import json
 import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -122,6 +124,8 @@ class Judged:
     parameters: int
     nonzero: int
     bytes: int
+    memory: int
+    """Bytes of the weights where they are computed with."""
     scored: Scored | None
     excess: tuple[float, float] | None
     """95 % interval, in percent, of nats more than the reference's."""
@@ -130,6 +134,7 @@ class Judged:
 
     def figures(self) -> dict[str, float | int | None]:
         found = {"parameters": self.parameters, "nonzero": self.nonzero, "bytes": self.bytes}
+        found["bytes_in_memory"] = self.memory
         if self.scored is not None:
             found |= {"nats_per_token": self.scored.nats_per_token, "bits_per_byte": self.scored.bits_per_byte}
         if self.excess is not None:
@@ -139,26 +144,30 @@ class Judged:
 
 def judge(models: dict[str, Opened], documents: list[str]) -> list[Judged]:
     """The first is what the others are measured against; documents are held-out text."""
-    times, found, reference = latencies(models), [], None
+    scored = {name: score(o, documents) if o.scores_text and documents else None for name, o in models.items()}
+    counts = {name: [int(p.count_nonzero()) for p in o.network.parameters()] for name, o in models.items()}
+    for opened in models.values():
+        opened.to_stored()
+    times, found, reference = latencies(models), [], next(iter(scored.values()))
     for name, opened in models.items():
-        scored = score(opened, documents) if opened.scores_text and documents else None
-        reference = reference or scored
-        excess = None if scored is None or scored is reference else interval_of_excess(scored, reference)
-        nonzero = sum(int(p.count_nonzero()) for p in opened.network.parameters())
-        size = bytes_of_weights(opened.folder)
-        found.append(Judged(name, parameter_count(opened.network), nonzero, size, scored, excess, *times[name]))
+        is_other = scored[name] is not None and scored[name] is not reference
+        excess = interval_of_excess(scored[name], reference) if is_other else None
+        size, memory = bytes_of_weights(opened.folder), opened.bytes_in_memory()
+        count = parameter_count(opened.network)
+        found.append(Judged(name, count, sum(counts[name]), size, memory, scored[name], excess, *times[name]))
     return found
 
 
 def table(found: list[Judged]) -> str:
     """A row for each model, beside what it has of the first one's."""
-    first, rows = found[0], [["", "parameters", "bytes", "of it", "nats/token", "bits/byte", "more nats", "ms/prompt"]]
-    rows[0] += ["ms/token", "of it"]
+    first, rows = found[0], [["", "parameters", "bytes", "of it", "in memory", "nats/token", "bits/byte", "more nats"]]
+    rows[0] += ["ms/prompt", "ms/token", "of it"]
     for judged in found:
         scored = judged.scored
         few = judged.nonzero < 0.95 * judged.parameters  # set to zero, not rounded to it
-        row = [judged.name, f"{judged.nonzero:,} of {judged.parameters:,}" if few else f"{judged.parameters:,}"]
-        row += [bytes_of(judged.bytes), f"{judged.bytes / first.bytes:.3f}"]
+        count = f"{judged.parameters:,}" if judged.parameters else ""  # of a file of ONNX
+        row = [judged.name, f"{judged.nonzero:,} of {count}" if few else count]
+        row += [bytes_of(judged.bytes), f"{judged.bytes / first.bytes:.3f}", bytes_of(judged.memory)]
         row += ["", ""] if scored is None else [f"{scored.nats_per_token:.4f}", f"{scored.bits_per_byte:.4f}"]
         row += ["" if judged.excess is None else excess_in_words(judged, first)]
         row += [f"{judged.prompt_ms:.1f}", "" if judged.token_ms is None else f"{judged.token_ms:.2f}"]
@@ -170,6 +179,49 @@ def table(found: list[Judged]) -> str:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def save(found: list[Judged], folder: Path) -> None:
+    """The table, the same as JSON, and a picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.txt").write_text(table(found) + "\n")
+    figures = {judged.name: judged.figures() for judged in found}
+    (folder / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
+    if all(judged.scored is not None for judged in found):
+        draw(found, folder / "report.png")
+
+
+def draw(found: list[Judged], file: Path) -> None:
+    """Bits per byte against bytes on disk, and against the time of a token; no model lies below the line in both."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axis, label, costs in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("MB on disk", "milliseconds of a new token"),
+        ([judged.bytes / 1e6 for judged in found], [judged.token_ms or judged.prompt_ms for judged in found]),
+        strict=True,
+    ):
+        bits = [judged.scored.bits_per_byte for judged in found]
+        best = sorted(
+            (cost, bit)
+            for cost, bit in zip(costs, bits, strict=True)
+            if not any(c <= cost and b <= bit and (c, b) != (cost, bit) for c, b in zip(costs, bits, strict=True))
+        )
+        axis.step(*zip(*best, strict=True), where="post", color="0.8", zorder=0)
+        for judged, cost, bit in zip(found, costs, bits, strict=True):
+            axis.plot(cost, bit, "o")
+            axis.annotate(short_name(judged.name), (cost, bit), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        axis.set(xlabel=label, xlim=(0, 1.15 * max(costs)))
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("bits per byte")
+    figure.savefig(file, dpi=120)
+
+
+def short_name(folder: str) -> str:
+    """Of a run's folder `model` and the like, with the run's name."""
+    path = Path(folder)
+    return f"{path.parent.name}/{path.name}" if path.name.startswith("model") else path.name
 
 
 def excess_in_words(judged: Judged, first: Judged) -> str:

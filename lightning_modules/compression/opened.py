@@ -36,6 +36,13 @@ class Opened:
     stored: torch.dtype
     """Of the folder's weights."""
 
+    def to_stored(self) -> None:
+        """Computes from now on in the precision of the folder."""
+        self.network.to(self.stored)
+
+    def bytes_in_memory(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.network.parameters())
+
     @property
     def scores_text(self) -> bool:
         return self.auto_class in (AutoModelForCausalLM, AutoModelForMaskedLM)
@@ -115,4 +122,5 @@ def written_whole(folder: Path, opened: Opened, step: dict[str, object]) -> Iter
 
 
 def bytes_of_weights(folder: str | Path) -> int:
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    files = (file for kind in ("*.safetensors", "*.onnx", "*.onnx.data") for file in Path(folder).glob(kind))
+    return sum(file.stat().st_size for file in files)

@@ -12,6 +12,7 @@ from lightning_modules.compression.calibration import Batch
 from lightning_modules.compression.grids import Grid, minmax, nearest, passed_on
 from lightning_modules.compression.packed_folder import Activations, Layers, Minmax, PackedLayer
 
+GROUPS = (32, 16, 8, 4, 2, 1)
 SchemeName = Literal["int8", "int8-dynamic", "int4", "int3", "int2", "8da4w", "float8", "minmax"]
 Rounding = Literal["gptq", "nearest"]
 
@@ -61,6 +62,15 @@ def ends_of(network: PreTrainedModel) -> dict[str, nn.Module]:
     ends = [network.get_input_embeddings(), network.get_output_embeddings()]
     names = {id(module): name for name, module in network.named_modules()}
     return {names[id(end)]: end for end in ends if isinstance(end, nn.Linear | nn.Embedding)}
+
+
+def fitting_group(layers: dict[str, nn.Module], asked: int | None) -> int:
+    """Weights that share a scale: as asked for, or at most 32 that divide the inputs of every layer. Raises ValueError
+    for what does not."""
+    if asked is not None:
+        require_groups(layers, Grid(4, asked))
+        return asked
+    return next(size for size in GROUPS if all(layer.weight.shape[1] % size == 0 for layer in layers.values()))
 
 
 def require_groups(layers: dict[str, nn.Module], grid: Grid) -> None:

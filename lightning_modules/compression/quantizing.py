@@ -9,12 +9,12 @@ from lightning_modules.compression.packed_folder import Layers
 from lightning_modules.compression.quantization import (
     Rounding,
     SchemeName,
+    fitting_group,
     mixed,
     quantizable,
     quantized,
     quantized_ends,
     quantized_minmax,
-    require_groups,
     scheme_named,
     sensitivities,
 )
@@ -34,7 +34,7 @@ def grid_layers(
     source: Opened,
     texts: list[str],
     scheme: SchemeName,
-    group_size: int,
+    group_size: int | None,
     rounding: Rounding,
     average_bits: float | None,
     ends: int,
@@ -42,15 +42,15 @@ def grid_layers(
     rows: int,
 ) -> tuple[Layers, list[str]]:
     """The layers of a scheme, and rows that say which they are; `texts` is empty where none is needed."""
-    network, chosen = source.network, scheme_named(scheme, group_size)
+    network = source.network
     found = quantizable(network, skip)
-    require_groups(found, chosen.grid)
+    group_size = fitting_group(found, group_size)
+    chosen = scheme_named(scheme, group_size)
     batches = calibration_batches(network, source.tokenizer, texts, rows) if texts else []
     moments = input_moments(network, found, batches) if rounding == "gptq" else {}
     grids = dict.fromkeys(found, chosen.grid)
     if average_bits is not None:
         steps = [Grid(2, group_size), Grid(3, group_size), Grid(4, group_size), Grid(8)]
-        require_groups(found, steps[0])
         lost = sensitivities(network, found, steps, moments, batches[:SENSED])
         grids = mixed(found, steps, lost, average_bits)
     layers = quantized(network, found, grids, chosen.activations, moments)

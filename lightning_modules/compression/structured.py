@@ -308,8 +308,8 @@ def candidates(network: PreTrainedModel, share: float) -> list[Sizes]:
     depths = range(now.layers, max(0, now.layers // 2 - 1), -1)
     for depth, of_width, of_heads, of_inner in itertools.product(depths, steps, steps, steps):
         heads = max(group, round(now.heads * of_heads / group) * group)
-        width = round(now.width * of_width / 8) * 8 if free else heads * size
-        inner = max(8, round(now.inner * of_inner / 8) * 8)
+        width = rounded(now.width * of_width) if free else heads * size
+        inner = rounded(now.inner * of_inner)
         sizes = Sizes(depth, width, inner, heads)
         if sizes in found or (not free and of_width != of_heads):
             continue
@@ -321,6 +321,12 @@ def candidates(network: PreTrainedModel, share: float) -> list[Sizes]:
             f"--parameters {share:g}: no sizes in steps of an eighth come near it; say --layers, --inner …"
         )
     return list(fitting)
+
+
+def rounded(size: float) -> int:
+    """To what later divides into groups of weights that share a scale, and what processors read at once."""
+    step = 32 if size >= 128 else 8
+    return max(step, round(size / step) * step)
 
 
 def parameters_of(network: PreTrainedModel, sizes: Sizes) -> int:

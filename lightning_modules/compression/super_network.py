@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_modules import cpu_kernels, hardware
 from lightning_modules.activations import head_size
-from lightning_modules.compression.structured import Sizes, has_own_head_size, sizes_of, smaller_config
+from lightning_modules.compression.structured import Sizes, has_own_head_size, rounded, sizes_of, smaller_config
 from lightning_modules.distillation import CausalDistillation, DenoisingDistillation, MaskedDistillation
 from lightning_modules.losses import IGNORED, Head
 from lightning_modules.student import OF_FIRST, heads_of, leading_part
@@ -88,8 +88,8 @@ def space_of(config: PreTrainedConfig, shares: tuple[float, ...], layers_least_f
     now, (queries, shared) = sizes_of(config), heads_of(config)
     group, is_free = queries // shared, has_own_head_size(config)
     heads = dict.fromkeys(max(group, round(now.heads * share / group) * group) for share in shares)
-    inner = dict.fromkeys(max(8, round(now.inner * share / 8) * 8) for share in shares)
-    width = dict.fromkeys(max(8, round(now.width * share / 8) * 8) for share in shares)
+    inner = dict.fromkeys(now.inner if share == 1 else rounded(now.inner * share) for share in shares)
+    width = dict.fromkeys(now.width if share == 1 else rounded(now.width * share) for share in shares)
     if not is_free:
         width = [count * head_size(config) for count in heads]
     least = max(1, round(now.layers * min(shares)))

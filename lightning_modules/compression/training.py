@@ -40,7 +40,7 @@ class Methods:
     """What is done to weights while they are trained."""
 
     qat: SchemeName | None = None
-    group_size: int = 32
+    group_size: int | None = None
     ends: int = 8
     sparsity: float | None = None
 
@@ -52,7 +52,7 @@ class Methods:
         if self.qat is not None:
             words.append(f"--trainer.callbacks+={CALLBACKS}.fake_quantization.FakeQuantization")
             settings = {"scheme": self.qat, "group_size": self.group_size, "ends": self.ends}
-            words += [f"--trainer.callbacks.{name}={value}" for name, value in settings.items()]
+            words += [f"--trainer.callbacks.{name}={v}" for name, v in settings.items() if v is not None]
         return words
 
 
@@ -122,14 +122,14 @@ def pruned_in_rounds(
                 more = [*rest, f"--trainer.default_root_dir={trained}", "--ckpt_path=last"]
                 finished(command(recipes, str(pruned), Methods(), more))
             model = str(trained / "model")
-            keep_history(pruned, Path(model))
+            keep_history(pruned, Path(model), {"verb": "train"})
     return str(pruned), [*rest, f"--trainer.default_root_dir={root / f'trained-{rounds}'}", "--ckpt_path=last"]
 
 
-def keep_history(before: Path, model: Path) -> None:
-    """What was done to a model before it was trained."""
+def keep_history(before: Path, model: Path, step: dict[str, object]) -> None:
+    """What was done to a model before it was trained, and this."""
     about = folders.done_so_far(str(before))
-    about["steps"].append({"verb": "train"})
+    about["steps"].append(step)
     (model / folders.ABOUT).write_text(json.dumps(about, indent=2) + "\n")
 
 
