@@ -119,7 +119,9 @@ def search(trials: Trials, budget: int, seed: int = 0) -> list[Point]:
 
     def tried(trial: optuna.Trial) -> tuple[float, float, float]:
         places = {name: trial.suggest_int(name, 0, len(values) - 1) for name, values in dimensions.items()}
-        return trials(space.sizes(**places)).costs()
+        if not space.is_possible(sizes := space.sizes(**places)):
+            raise optuna.TrialPruned
+        return trials(sizes).costs()
 
     sampler = optuna.samplers.NSGAIISampler(population_size=max(8, budget // 6), seed=seed)
     study = optuna.create_study(directions=["minimize"] * 3, sampler=sampler)
@@ -137,7 +139,9 @@ def uniform(space: Space) -> list[Sizes]:
     for step in range(UNIFORM):
         share = step / (UNIFORM - 1)
         places = [round(share * (len(v) - 1)) for v in (space.layers, space.width, space.inner, space.heads)]
-        found.append(space.sizes(*places))
+        by_heads = sorted(range(len(space.heads)), key=lambda place: abs(place - places[3]))  # noqa: B023
+        some = (space.sizes(*places[:3], place) for place in by_heads)
+        found.append(next(sizes for sizes in some if space.is_possible(sizes)))
     return list(dict.fromkeys(found))
 
 

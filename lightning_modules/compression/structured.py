@@ -8,12 +8,14 @@ Shape suffixes: R outputs and C inputs of a layer, K groups of heads that share 
 """
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -73,6 +75,11 @@ def smaller_config(
             f"--width {width} with {heads} heads of {head_size(config)}: a {config.model_type} has them side by side "
             f"in its width; pass --width {heads * head_size(config)}, or --heads {width // head_size(config)}"
         )
+    if width % heads and width_must_divide(config):
+        raise ValueError(
+            f"--width {width} with {heads} heads: a {config.model_type} wants its width to divide by its heads; pass "
+            f"--width {width // heads * heads}"
+        )
     fields = {"hidden_size": width, inner_field(config): sizes.inner or now.inner, "num_attention_heads": heads}
     if "num_key_value_heads" in config.to_dict():
         fields["num_key_value_heads"] = heads * shared // queries
@@ -105,6 +112,21 @@ def say_sizes(config: PreTrainedConfig) -> None:
 def has_own_head_size(config: PreTrainedConfig) -> bool:
     """Whether heads may be of another size than their share of the width."""
     return config.model_type in ("llama", "mistral", "nanochat", "qwen2", "qwen3", "smollm3", "t5")
+
+
+def width_must_divide(config: PreTrainedConfig) -> bool:
+    """Whether a config refuses a width that does not divide by its heads, whatever size these have."""
+    return has_own_head_size(config) and _refuses_to_divide(type(config))
+
+
+@functools.cache
+def _refuses_to_divide(kind: type[PreTrainedConfig]) -> bool:
+    sizes = {"hidden_size": 17, "num_attention_heads": 2, "head_dim": 8}
+    try:
+        kind.from_dict(kind(hidden_size=16, num_attention_heads=4).to_dict() | sizes)
+    except StrictDataclassError:
+        return True
+    return False
 
 
 # What there is to reorder
@@ -311,7 +333,8 @@ def candidates(network: PreTrainedModel, share: float) -> list[Sizes]:
         width = rounded(now.width * of_width) if free else heads * size
         inner = rounded(now.inner * of_inner)
         sizes = Sizes(depth, width, inner, heads)
-        if sizes in found or (not free and of_width != of_heads):
+        must_divide = width_must_divide(network.config)
+        if sizes in found or (not free and of_width != of_heads) or (must_divide and width % heads):
             continue
         found[sizes] = parameters_of(network, sizes)
     whole = parameter_count(network)

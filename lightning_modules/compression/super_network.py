@@ -19,7 +19,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_modules import cpu_kernels, hardware
 from lightning_modules.activations import head_size
-from lightning_modules.compression.structured import Sizes, has_own_head_size, rounded, sizes_of, smaller_config
+from lightning_modules.compression.structured import (
+    Sizes,
+    has_own_head_size,
+    rounded,
+    sizes_of,
+    smaller_config,
+    width_must_divide,
+)
 from lightning_modules.distillation import CausalDistillation, DenoisingDistillation, MaskedDistillation
 from lightning_modules.losses import IGNORED, Head
 from lightning_modules.student import OF_FIRST, heads_of, leading_part
@@ -43,6 +50,8 @@ class Space:
     layers_least_first: tuple[int, ...]
     is_free: bool
     """Whether width and heads are chosen apart."""
+    must_divide: bool = False
+    """Whether the width has to divide by the heads."""
 
     def save(self, folder: Path) -> None:
         (folder / SPACE).write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -70,12 +79,18 @@ class Space:
         places = [range(len(values)) for values in (self.layers, self.width, self.inner, self.heads)]
         if not self.is_free:
             places[1] = range(1)
-        found = (self.sizes(*chosen) for chosen in itertools.product(*places))
-        return list(dict.fromkeys(found))
+        found = dict.fromkeys(self.sizes(*chosen) for chosen in itertools.product(*places))
+        return [sizes for sizes in found if self.is_possible(sizes)]
 
     def drawn(self, numbers: random.Random) -> Sizes:
         dimensions = (self.layers, self.width, self.inner, self.heads)
-        return self.sizes(*(numbers.randrange(len(values)) for values in dimensions))
+        while True:
+            sizes = self.sizes(*(numbers.randrange(len(values)) for values in dimensions))
+            if self.is_possible(sizes):
+                return sizes
+
+    def is_possible(self, sizes: Sizes) -> bool:
+        return not self.must_divide or sizes.width % sizes.heads == 0
 
     def kept_layers(self, sizes: Sizes) -> list[int]:
         depth = self.layers[0]
@@ -87,14 +102,20 @@ def space_of(config: PreTrainedConfig, shares: tuple[float, ...], layers_least_f
     """Shares of each dimension, rounded to what there can be; of layers every number down to the least share."""
     now, (queries, shared) = sizes_of(config), heads_of(config)
     group, is_free = queries // shared, has_own_head_size(config)
-    heads = dict.fromkeys(max(group, round(now.heads * share / group) * group) for share in shares)
-    inner = dict.fromkeys(now.inner if share == 1 else rounded(now.inner * share) for share in shares)
-    width = dict.fromkeys(now.width if share == 1 else rounded(now.width * share) for share in shares)
+    heads = list(dict.fromkeys(max(group, round(now.heads * share / group) * group) for share in shares))
+    inner = list(dict.fromkeys(now.inner if share == 1 else rounded(now.inner * share) for share in shares))
+    width = list(dict.fromkeys(now.width if share == 1 else rounded(now.width * share) for share in shares))
     if not is_free:
         width = [count * head_size(config) for count in heads]
     least = max(1, round(now.layers * min(shares)))
     depths = range(now.layers, least - 1, -1)
-    return Space(tuple(depths), tuple(width), tuple(inner), tuple(heads), tuple(layers_least_first), is_free)
+    space = Space(
+        *(tuple(depths), tuple(width), tuple(inner), tuple(heads), tuple(layers_least_first)),
+        *(is_free, width_must_divide(config)),
+    )
+    if not space.is_possible(space.smallest):  # which every step trains
+        raise ValueError(f"--shares: a width of {width[-1]} does not divide by {heads[-1]} heads; pass others")
+    return space
 
 
 class Part:
@@ -109,7 +130,7 @@ class Part:
         """By name, with gradients that go on to the whole."""
         own = dict(self.whole.named_parameters(remove_duplicate=False))
         found = {}
-        for name, parameter in self.network.named_parameters(remove_duplicate=False):
+        for name, parameter in self.network.named_parameters():  # of what is tied one
             where = name if OF_FIRST in name else self.part.layer_of(name)
             found[name] = leading_part(name, own[where], parameter.shape)
         return found
