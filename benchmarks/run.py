@@ -6,6 +6,7 @@ Run:
     python benchmarks/run.py --only time_to_loss --data.path input.txt
     python benchmarks/run.py --only tasks --page docs/benchmarks.md           fine-tuning on real data, an hour
     python benchmarks/run.py --only teaching --page docs/benchmarks.md        distillation, three seeds, two hours
+    python benchmarks/run.py --only compressing --keep runs/compressing --page docs/benchmarks.md     1.5 hours
     python benchmarks/run.py --gpu                                on a CUDA device; writes docs/benchmarks_gpu.md
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 # Idle OpenMP threads sleep; read when torch is loaded, so it stands before all imports that load it.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import compressing
 import cpu_kernels
 import data_tables
 import distillation
@@ -52,7 +54,7 @@ PARTS = (
     "planned",
     "startup",
 )
-LONG = ("tasks", "teaching", "peer_distillation")
+LONG = ("tasks", "teaching", "compressing", "peer_distillation")
 """Parts that run only when they are named."""
 
 
@@ -70,7 +72,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data.path", dest="text", help="tinyshakespeare's input.txt")
     parser.add_argument("--tasks", nargs="+", choices=[group.name for group in tasks.GROUPS], help="of tasks")
     parser.add_argument("--lessons", nargs="+", choices=[x.name for x in teaching.LESSONS], help="of teaching")
-    parser.add_argument("--keep", type=Path, help="a folder where finished runs of teaching stay and are not repeated")
+    parser.add_argument(
+        "--keep", type=Path, help="a folder where finished runs of teaching and compressing stay and are not repeated"
+    )
     parser.add_argument("--trl_python", type=Path, help="of an environment with TRL: see peer_distillation.py")
     parser.add_argument("--data_folder", type=Path, default=ROOT / "../shared/data", help="where the data of tasks are")
     parser.add_argument("--page", type=Path, help="where to write the page")
@@ -122,6 +126,8 @@ def measured(options: argparse.Namespace) -> Iterator[list[Table]]:
     if "teaching" in wanted:
         found = teaching.tables(options.lessons, options.data_folder, options.keep, options.seeds)
         yield from ([table] for table in found)
+    if "compressing" in wanted:
+        yield from ([table] for table in compressing.tables(options.keep))
     if "peer_distillation" in wanted:
         yield peer_distillation.tables(options.trl_python, cores, options.rounds, options.turn_seconds)
     if "planned" in wanted:

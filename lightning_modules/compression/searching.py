@@ -92,6 +92,7 @@ def tell(trials: tried.Trials, points: list[tried.Point], budget: int, folder: P
     volumes = [tried.hypervolume(some, worst) for some in (points, drawn)]
     print(f"\nas many at random: {volumes[1] / volumes[0]:.3f} of the volume under the front of loss and latency")
     tried.save(points, folder / "points.json")
+    tried.save(uniform, folder / "uniform.json")
 
 
 def write_front(trials: tried.Trials, best: list[tried.Point], target: dict[str, float], folder: Path) -> None:
