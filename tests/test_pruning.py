@@ -144,7 +144,7 @@ def test_sizes_for_a_share_of_the_parameters_are_found_by_trying(family):
     sizes, nats = best_sizes(whole, 0.6, batches, auto_class)
     small, _ = pruned(copy.deepcopy(whole), sizes, worth_of(whole, batches, sizes.layers), auto_class)
     share = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in whole.parameters())
-    assert 0.93 * 0.6 <= share <= 0.6
+    assert 0.9 * 0.6 <= share <= 0.6
     assert divergence(small, batches, exact) == pytest.approx(nats, rel=1e-3)
 
 

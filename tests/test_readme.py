@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 from transformers import BertConfig, BertForMaskedLM
 
 from datamodules.tokenization import bpe_tokenizer
-from recipes import prepare
+from recipes import compress, prepare
 from tests.distilling import run as distill
 from tests.finetuning import run as finetune
 from tests.test_recipes import ROOT, SMALL, TOY, fit
@@ -26,7 +28,7 @@ COMMAND = re.compile(r"python recipes/\w+\.py[^`\n]*")
 def commands() -> list[str]:
     """Without those that only stand for a command: a name in capitals or an ellipsis as a flag's whole value."""
     found = {m.strip() for path in DOCUMENTS for m in COMMAND.findall(path.read_text())}
-    return sorted(c for c in found if not re.search(r"NAME|--config …|{output}", c))
+    return sorted(c for c in found if not re.search(r"NAME|--config …|{\w+}", c))
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,9 @@ def test_a_command_runs_as_it_is_written(command, place, monkeypatch, capsys):
     elif script == "recipes/finetune.py":
         few = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.max_val_examples=16"]
         arguments += few if arguments[0] == "fit" else []
+    elif script == "recipes/compress.py":
+        arguments = small_compression(arguments, place)
+        monkeypatch.setattr(os, "execv", lambda file, words: sys.exit(subprocess.run(words).returncode))
     else:  # whatever model the command names
         arguments[arguments.index("--model") + 1] = "run/model"
     monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -121,6 +126,30 @@ def test_a_command_runs_as_it_is_written(command, place, monkeypatch, capsys):
     except SystemExit as end:
         assert not end.code, capsys.readouterr().err
     assert capsys.readouterr().out.strip()
+
+
+def small_compression(arguments: list[str], place: Path) -> list[str]:
+    """Of the model at hand, on little text, in few steps."""
+    verb, pruned = arguments[0], place / "pruned"
+    if not pruned.exists():
+        read = ["--data.path", "texts", "--data.val_fraction", "0.3", "--rows", "2"]
+        compress.main(["prune", "--model", "run", "--layers", "1", "--output", str(pruned), *read])
+    arguments = [re.sub("^my_texts/$", "texts", re.sub("^runs/mine", "run", argument)) for argument in arguments]
+    arguments = [re.sub(r"^0\.67$", "0.85", argument) for argument in arguments]  # the model is too small for less
+    arguments = [re.sub("^run/model-pruned$", "pruned", re.sub("^run/model-int4$", "run", a)) for a in arguments]
+    given = {a.removeprefix("--") for a in arguments if a.startswith("--")}
+    few = {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "data.seq_len": 32, "data.batch_size": 4}
+    toy = {"data.path": "texts", "data.val_fraction": 0.3}
+    toy |= {"rows": 2} if verb in ("quantize", "prune", "search") else {}
+    toy |= {"overwrite": "true"} if verb in ("quantize", "prune") else {}
+    toy |= few | {"samples.max_new_tokens": 0} if verb in ("train", "search") else {}
+    toy |= {"trials": 4, "output": "searched"} if verb == "search" else {}
+    if verb == "run":
+        (place / "graph.yaml").write_text("nodes: {pruned: {verb: prune, layers: 1, rows: 2}}")
+        toy |= {"config": "graph.yaml", "output": "graph"}
+        shutil.rmtree(place / "graph", ignore_errors=True)
+    forced = {"trainer.max_steps"}
+    return [*arguments, *(f"--{name}={value}" for name, value in toy.items() if name not in given or name in forced)]
 
 
 def small_distillation(arguments: list[str]) -> list[str]:

@@ -28,6 +28,8 @@ from lightning_modules.student import IN_ONE, NARROWED, OF_HEADS, PartOfTeacher,
 
 INNER = ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "hidden_dim", "encoder_ffn_dim")
 """How configs call the width inside a layer."""
+NEAR = 0.9
+"""Of a share of the parameters that is asked for, what is taken for it."""
 SHARED_BIAS = "relative_attention_bias"
 """Of T5, for the heads of all layers of a stack."""
 
@@ -338,7 +340,7 @@ def candidates(network: PreTrainedModel, share: float) -> list[Sizes]:
             continue
         found[sizes] = parameters_of(network, sizes)
     whole = parameter_count(network)
-    fitting = {sizes: count for sizes, count in found.items() if 0.93 * share <= count / whole <= share}
+    fitting = {sizes: count for sizes, count in found.items() if NEAR * share <= count / whole <= share}
     if not fitting:
         raise ValueError(
             f"--parameters {share:g}: no sizes in steps of an eighth come near it; say --layers, --inner …"
