@@ -8,6 +8,7 @@ Run:
     python recipes/compress.py train --model runs/mine --qat int4 --trainer.max_steps 500
     python recipes/compress.py search --model runs/mine --target latency=0.5
     python recipes/compress.py run --model runs/mine
+    python recipes/compress.py probe
     python recipes/compress.py report --model runs/mine runs/mine/model-int4 --data.path my_texts/
 """
 
@@ -341,14 +342,25 @@ def finish(models: "dict[str, Opened]", data: Texts) -> "list[Judged]":
     return found
 
 
-VERBS: dict[str, Callable] = {
-    "quantize": quantize,
-    "prune": prune,
-    "train": train,
-    "search": search,
-    "run": run,
-    "report": report,
-}
+def probe() -> None:
+    """Say what computes with few bits on this machine, and how fast."""
+    import contextlib
+    import io
+    import logging
+
+    from lightning_modules.compression import probing
+    from lightning_modules.model_folder import pick_device
+
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # what the libraries say besides
+            lines = probing.probe(pick_device("auto"))
+    finally:
+        logging.disable(logging.NOTSET)
+    print("\n".join(lines))
+
+
+VERBS: dict[str, Callable] = {verb.__name__: verb for verb in (quantize, prune, train, search, run, report, probe)}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -347,3 +347,10 @@ def test_four_bits_of_a_real_model_cost_less_by_gptq_than_by_rounding():
 def test_norms_and_biases_are_left_alone():
     names = set(layers_of(network(LlamaConfig(**SMALL, **LLAMA, attention_bias=True)), "int4"))
     assert len(names) == 16 and not any("norm" in name or "bias" in name for name in names)
+
+
+def test_a_probe_says_what_works_here_and_what_does_not(capsys):
+    compress.main(["probe"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[-1] == "1.00" and lines[1].startswith("float32")
+    assert len(lines) == 8 and all("does not work here" in line or line.split()[-1][0].isdigit() for line in lines[1:])
