@@ -24,19 +24,10 @@ from transformers import (
 from lightning_modules.compression import vocabulary
 from lightning_modules.compression.opened import open_model
 from lightning_modules.compression.quantization import divergence, log_shares
+from lightning_modules.compression.reordering import linear_layers, orders, reorder
+from lightning_modules.compression.sizes import Sizes, sizes_of, smaller_config
 from lightning_modules.compression.sparsity import kept, sparsify
-from lightning_modules.compression.structured import (
-    Sizes,
-    Worth,
-    best_sizes,
-    linear_layers,
-    orders,
-    pruned,
-    reorder,
-    sizes_of,
-    smaller_config,
-    worth_of,
-)
+from lightning_modules.compression.structured import Worth, best_sizes, pruned, worth_of
 from tests.test_quantization import failure, network
 
 ROOT = Path(__file__).parents[1]

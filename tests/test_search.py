@@ -16,7 +16,8 @@ from lightning_modules.compression.architecture_search import Point, Trials
 from lightning_modules.compression.judging import Scored, interval_of_excess, score
 from lightning_modules.compression.opened import open_model
 from lightning_modules.compression.pipeline import Pipeline, read_nodes
-from lightning_modules.compression.structured import Sizes, worth_of
+from lightning_modules.compression.sizes import Sizes
+from lightning_modules.compression.structured import worth_of
 from lightning_modules.compression.super_network import Part, Space, SuperNetwork, space_of
 from lightning_modules.likelihood import Scorer
 from tests.distilling import flags_of

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from lightning_modules.callbacks.changed_weights import ChangedWeights
 from lightning_modules.callbacks.report import Report
 from lightning_modules.compression.quantization import ends_of
+from lightning_modules.compression.reordering import linear_layers
 from lightning_modules.compression.sparsity import kept
-from lightning_modules.compression.structured import linear_layers
 
 MANY = 0.1
 """Share of a matrix that is zero: more than chance, so meant."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lightning_modules.architectures import parameter_count
 from lightning_modules.compression.calibration import Batch
-from lightning_modules.compression.structured import Sizes
+from lightning_modules.compression.sizes import Sizes
 from lightning_modules.compression.super_network import Part, Space
 
 TURNS = 7

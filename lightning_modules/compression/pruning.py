@@ -4,6 +4,8 @@ from lightning_modules.compression import structured, vocabulary
 from lightning_modules.compression.calibration import Batch, input_moments
 from lightning_modules.compression.opened import Opened
 from lightning_modules.compression.quantization import ends_of
+from lightning_modules.compression.reordering import linear_layers
+from lightning_modules.compression.sizes import Sizes, sizes_of, smaller_config
 from lightning_modules.compression.sparsity import Pattern, require_fours, sparsify
 from lightning_modules.compression.words import named
 
@@ -53,16 +55,16 @@ def fewer_words(source: Opened, size: int, texts: list[str]) -> dict[str, object
 
 def smaller(source: Opened, batches: list[Batch], parameters: float | None, sizes: dict[str, int]) -> dict[str, object]:
     """In place; what it is now."""
-    network, before = source.network, structured.sizes_of(source.network.config)
-    chosen = structured.Sizes(**sizes)
+    network, before = source.network, sizes_of(source.network.config)
+    chosen = Sizes(**sizes)
     if parameters is not None:
         chosen, nats = structured.best_sizes(network, parameters, batches[:TRIED], source.auto_class)
         print(f"tried  the sizes that leave {parameters:.0%}: these move it by {nats:.3f} nats a token, the least")
     depth = chosen.layers or before.layers
-    structured.smaller_config(network, chosen, list(range(depth)))  # what cannot be is told at once
+    smaller_config(network, chosen, list(range(depth)))  # what cannot be is told at once
     worth = structured.worth_of(network, batches, depth)
     source.network, kept = structured.pruned(network, chosen, worth, source.auto_class)
-    after = structured.sizes_of(source.network.config)
+    after = sizes_of(source.network.config)
     for name in ("layers", "width", "inner", "heads"):
         one, other = getattr(before, name), getattr(after, name)
         more = f" (numbers {', '.join(map(str, kept))})" if name == "layers" and one != other else ""
@@ -77,7 +79,7 @@ def sparser(
     ends = {id(module) for module in ends_of(source.network).values()}
     layers = {
         name: module
-        for name, module in structured.linear_layers(source.network).items()
+        for name, module in linear_layers(source.network).items()
         if id(module) not in ends and not any(part in name for part in skip)
     }
     if not layers:

@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 
 from lightning_modules.compression import architecture_search as tried
 from lightning_modules.compression import opened as folders
-from lightning_modules.compression import structured
+from lightning_modules.compression import sizes as dimensions
 from lightning_modules.compression.calibration import calibration_batches
+from lightning_modules.compression.reordering import reorder
+from lightning_modules.compression.structured import worth_of
 from lightning_modules.compression.super_network import Space, space_of
 
 MODULES = {
@@ -41,12 +43,12 @@ def write_ordered(source: folders.Opened, folder: Path, texts: list[str], rows: 
     if not shares or not all(0 < share <= 1 for share in shares) or max(shares) < 1:
         raise ValueError(f"--shares {list(shares)}: pass shares up to 1, and 1 among them")
     network = source.network
-    structured.smaller_config(network, structured.Sizes(), list(range(structured.sizes_of(network.config).layers)))
-    structured.require_parts(network.config)
+    dimensions.smaller_config(network, dimensions.Sizes(), list(range(dimensions.sizes_of(network.config).layers)))
+    dimensions.require_parts(network.config)
     batches = calibration_batches(network, source.tokenizer, texts, rows)
-    depth = structured.sizes_of(network.config).layers
-    worth = structured.worth_of(network, batches, max(1, round(depth * min(shares))))
-    structured.reorder(network, worth.orders)
+    depth = dimensions.sizes_of(network.config).layers
+    worth = worth_of(network, batches, max(1, round(depth * min(shares))))
+    reorder(network, worth.orders)
     space = space_of(network.config, tuple(sorted(shares, reverse=True)), worth.layers_least_first)
     with folders.written_whole(folder, source, {"verb": "reorder"}) as temporary:
         network.to(source.stored).save_pretrained(temporary)
@@ -56,7 +58,7 @@ def write_ordered(source: folders.Opened, folder: Path, texts: list[str], rows: 
 def command(recipes: Path, folder: Path, rest: list[str]) -> list[str]:
     """Of the training of the super-network."""
     ordered = str(folder / "ordered")
-    auto_class = folders.auto_class_of(ordered, structured.config_of(ordered))
+    auto_class = folders.auto_class_of(ordered, dimensions.config_of(ordered))
     given = {word.partition("=")[0] for word in rest}
     words = [sys.executable, str(recipes / "distill.py"), "fit"]
     if not given & {"--config", "-c"}:

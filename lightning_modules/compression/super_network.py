@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_modules import cpu_kernels, hardware
 from lightning_modules.activations import head_size
-from lightning_modules.compression.structured import (
+from lightning_modules.compression.sizes import (
     Sizes,
     has_own_head_size,
     rounded,
