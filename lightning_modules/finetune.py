@@ -25,6 +25,7 @@ from lightning_modules import hardware
 from lightning_modules.adapter import Adapter
 from lightning_modules.architectures import fit_config
 from lightning_modules.checkpoint_io import replace_folder
+from lightning_modules.compression.packed_folder import is_packed, read_packed
 from lightning_modules.model_folder import find_folder, max_positions, newest_pretraining, read_config
 from lightning_modules.optim import adamw
 from lightning_modules.scheduled_step import ScheduledStep, comparable, require_same
@@ -183,6 +184,11 @@ class FineTune(ScheduledStep):
     def _loaded(self, auto_class: type, fields: dict[str, object]) -> PreTrainedModel:
         if not hardware.reads_weights():
             return auto_class.from_config(changed(self.base_config, fields), dtype=torch.float32)
+        self.new_parts: list[str] = []
+        if is_packed(self.base_config):
+            if self.trainer.state.fn == "fit":
+                raise ValueError(f"--model.from {self.origin} has few bits; pass the model that it was made from")
+            return read_packed(auto_class, self.origin, torch.float32)
         settings = {"dtype": torch.float32, "output_loading_info": True}
         settings |= {} if self.adapter is None else self.adapter.loading()
         try:

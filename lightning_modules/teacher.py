@@ -66,6 +66,8 @@ class Teacher:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         if is_packed(self.config):
+            if self.flag != "--model.teacher":
+                raise ValueError(f"{self.flag} {self.folder} has few bits; pass the model that it was made from")
             return read_packed(self.auto_class, self.folder, torch.float32)
         try:
             settings = {"dtype": torch.float32, "output_loading_info": True}

@@ -354,3 +354,24 @@ def test_a_probe_says_what_works_here_and_what_does_not(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[-1] == "1.00" and lines[1].startswith("float32")
     assert len(lines) == 8 and all("does not work here" in line or line.split()[-1][0].isdigit() for line in lines[1:])
+
+
+def test_a_model_of_a_task_is_judged_by_its_metric(reviews, encoder, tmp_path, capsys):
+    from tests.finetuning import run as finetune
+
+    data = ["--data.path", str(reviews / "train.csv"), "--data.val_path", str(reviews / "val.csv")]
+    length = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "4", "--trainer.precision", "32-true"]
+    finetune("fit", *data, *length, "--model.from", str(encoder), "--trainer.default_root_dir", str(tmp_path / "run"))
+    model = ["--model", str(tmp_path / "run"), "--output", str(tmp_path / "small")]
+    compress.main(["quantize", *model, "--scheme", "int8-dynamic", "--data.path", str(reviews / "train.csv"),
+                   "--data.text_column", "review", "--rows", "8"])  # fmt: skip
+    capsys.readouterr()
+    accuracies = []
+    for folder in ("run/model", "small"):
+        finetune("validate", "--config", str(tmp_path / "run" / "config.yaml"), "--model.from", str(tmp_path / folder))
+        said = capsys.readouterr().out
+        accuracies.append(next(line.split("│")[2] for line in said.splitlines() if "val/accuracy" in line))
+    assert float(accuracies[0]) == pytest.approx(float(accuracies[1]), abs=0.03)
+    with pytest.raises(SystemExit):
+        finetune("fit", *data, *length, "--model.from", str(tmp_path / "small"))
+    assert "has few bits; pass the model that it was made from" in capsys.readouterr().err

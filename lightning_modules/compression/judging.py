@@ -145,7 +145,11 @@ class Judged:
 def judge(models: dict[str, Opened], documents: list[str]) -> list[Judged]:
     """The first is what the others are measured against; documents are held-out text."""
     scored = {name: score(o, documents) if o.scores_text and documents else None for name, o in models.items()}
-    counts = {name: [int(p.count_nonzero()) for p in o.network.parameters()] for name, o in models.items()}
+    zeros = {
+        # What is rounded to zero is not set to it.
+        name: 0 if o.is_packed else sum(int((p == 0).sum()) for p in o.network.parameters())
+        for name, o in models.items()
+    }
     for opened in models.values():
         opened.to_stored()
     times, found, reference = latencies(models), [], next(iter(scored.values()))
@@ -154,7 +158,7 @@ def judge(models: dict[str, Opened], documents: list[str]) -> list[Judged]:
         excess = interval_of_excess(scored[name], reference) if is_other else None
         size, memory = bytes_of_weights(opened.folder), opened.bytes_in_memory()
         count = parameter_count(opened.network)
-        found.append(Judged(name, count, sum(counts[name]), size, memory, scored[name], excess, *times[name]))
+        found.append(Judged(name, count, count - zeros[name], size, memory, scored[name], excess, *times[name]))
     return found
 
 
@@ -164,7 +168,7 @@ def table(found: list[Judged]) -> str:
     rows[0] += ["ms/prompt", "ms/token", "of it"]
     for judged in found:
         scored = judged.scored
-        few = judged.nonzero < 0.95 * judged.parameters  # set to zero, not rounded to it
+        few = judged.nonzero < 0.95 * judged.parameters
         count = f"{judged.parameters:,}" if judged.parameters else ""  # of a file of ONNX
         row = [judged.name, f"{judged.nonzero:,} of {count}" if few else count]
         row += [bytes_of(judged.bytes), f"{judged.bytes / first.bytes:.3f}", bytes_of(judged.memory)]

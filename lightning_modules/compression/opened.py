@@ -35,6 +35,8 @@ class Opened:
     tokenizer: PreTrainedTokenizerBase
     stored: torch.dtype
     """Of the folder's weights."""
+    is_packed: bool = False
+    """Whether they have few bits."""
 
     def to_stored(self) -> None:
         """Computes from now on in the precision of the folder."""
@@ -81,12 +83,12 @@ def open_model(
         reason = str(error).splitlines()[0]
         raise ValueError(f"the weights of {folder} cannot be read ({reason}); copy or download them again") from None
     stored = getattr(torch, str(config.dtype or dtype).removeprefix("torch."))
-    return Opened(folder, auto_class, network.eval(), load_tokenizer(folder, **where), stored)
+    return Opened(folder, auto_class, network.eval(), load_tokenizer(folder, **where), stored, is_packed(config))
 
 
 def require_dense(opened: Opened, flag: str = "--model") -> None:
     """Raises ValueError for weights of few bits, which nothing more can be done to."""
-    if is_packed(AutoConfig.from_pretrained(opened.folder)):
+    if opened.is_packed:
         raise ValueError(f"{flag} {opened.folder} is quantized already; pass the model that it was made from")
 
 
