@@ -24,6 +24,7 @@ from lightning_modules.pretrain import CausalLM
 from lightning_modules.strategies import FSDP2, split_layers
 from tests.faults import SCRIPT, signal_at
 from tests.test_ddp import ROOT, fit
+from tests.test_recipes import TOY, run
 
 EVERY = ("decoder", "normed_heads", "encoder", "encoder_decoder", "labels", "answers", "distilled")
 WITH_PLAN = ("decoder", "normed_heads", "answers", "distilled")
@@ -388,3 +389,13 @@ def test_ranks_that_do_not_divide_are_one_line(corpus, tmp_path, shared_cache):
     done = command(tmp_path, *run_of(tmp_path / "run", corpus, **more))
     assert done.returncode == 2
     assert "error: 2 ranks do not divide into groups of 3 of tensor parallel; pass another size" in done.stderr
+
+
+@pytest.mark.parametrize("strategy", ["tp", "fsdp2_tp", "FSDP2TensorParallel"])
+def test_the_scale_of_float16_is_not_for_tensor_parallel(strategy, corpus, capsys):
+    """torch's scaler takes either sharded or whole gradients."""
+    with pytest.raises(SystemExit) as stop:
+        run("fit", **(TOY | {"data.path": corpus, "trainer.strategy": strategy, "trainer.precision": "16-mixed"}))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error == f"error: --trainer.precision 16-mixed does not go with {strategy}; pass bf16-mixed\n"
