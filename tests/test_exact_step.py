@@ -1,11 +1,14 @@
 """A micro-batch that does not fit into memory is done in parts: the same step."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision, Precision
 
+from lightning_modules import simulation
 from lightning_modules.architectures import HeadInput, build
 from lightning_modules.exact_step import micro_batch_seed, recount
 from lightning_modules.losses import linear_cross_entropy
@@ -172,3 +175,22 @@ def test_float16_trains_as_float32_does_and_goes_on_after_a_step_that_overflows(
         assert torch.allclose(weight, weight_of_half, rtol=0, atol=2e-3)
     assert [step[0] for step in overflowing] == [False] + 5 * [True]
     assert overflowing[-1][1] < overflowing[0][1] - 0.1 and overflowing[1][2] < 100
+
+
+def test_gradients_on_the_cpu_meet_sums_on_a_gpu(toy, monkeypatch):
+    """As FSDP2 offloads them; on fake tensors, and another device in the place of a GPU."""
+    factors = []
+    monkeypatch.setattr(torch, "_foreach_mul_", lambda gradients, factor: factors.append(factor))
+    trainer, module, data = toy()
+    data.trainer = trainer
+    strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
+    module.trainer = SimpleNamespace(strategy=strategy, datamodule=data, callbacks=[], world_size=1, global_rank=0)
+    module.trainer.accumulate_grad_batches = 1
+    with simulation.simulated("cpu"):
+        module.network = torch.nn.Linear(3, 2)
+        for parameter in module.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        module._sums = torch.empty(3, dtype=torch.float64, device="meta")
+        module.on_before_optimizer_step(None)
+        module.configure_gradient_clipping(None, 1.0)
+    assert module.step_grad_norm.device.type == "meta" and factors[0].device.type == "cpu"
