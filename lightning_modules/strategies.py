@@ -89,6 +89,14 @@ class Sharded(ModelParallelStrategy):
             self._device_mesh = self.lightning_module._device_mesh = self._grouped(self._group_size)
         self._all_ranks = init_device_mesh(self.root_device.type, (self.world_size,))
 
+    def model_to_device(self) -> None:
+        """But for weights that are offloaded, which FSDP2 looks for on the CPU."""
+        if not self._offloads:
+            super().model_to_device()
+            return
+        self.model._apply(lambda tensor: tensor if isinstance(tensor, DTensor) else tensor.to(self.root_device))
+        self.lightning_module._device = self.root_device  # as its own `to` says it
+
     def _grouped(self, size: int) -> DeviceMesh:
         """Ranks that see different rows, in groups with a copy each."""
         rows, of_layer = self._device_mesh["data_parallel"].size(), self._device_mesh["tensor_parallel"].size()

@@ -17,11 +17,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
 
-from lightning_modules import checkpoint_io, sharded_checkpoints
+from lightning_modules import checkpoint_io, sharded_checkpoints, simulation
 from lightning_modules.pretrain import CausalLM
-from lightning_modules.strategies import FSDP2, split_layers
+from lightning_modules.strategies import FSDP2, shard, split_layers
 from tests.faults import SCRIPT, signal_at
 from tests.test_ddp import ROOT, fit
 from tests.test_recipes import TOY, run
@@ -116,6 +117,19 @@ def test_the_first_rank_alone_makes_a_network_and_its_teacher(case, found):
     first, *others = found[case]["made"]
     networks = 1 + case.endswith("distilled")
     assert first == [True] * networks and others and all(other == [False] * networks for other in others)
+
+
+def test_weights_that_are_offloaded_stay_on_the_cpu(monkeypatch):
+    """And nothing else does; another device stands in the place of a GPU."""
+    monkeypatch.setattr(FSDP2, "root_device", torch.device("meta"))
+    strategy, module = FSDP2(cpu_offload=True), CausalLM(LlamaConfig(num_attention_heads=3, vocab_size=9, **SIZES))
+    module.network = AutoModelForCausalLM.from_config(module.architecture)
+    strategy.model = strategy._lightning_module = module
+    with simulation.ranks(2):
+        shard(module.network, init_device_mesh("cpu", (2,)), offloads=True)
+        strategy.model_to_device()
+    assert {weight.device.type for weight in module.parameters()} == {"cpu"}
+    assert {buffer.device.type for buffer in module.buffers()} == {"meta"} and module.device.type == "meta"
 
 
 # Checkpoints
