@@ -158,9 +158,11 @@ class Sharded(ModelParallelStrategy):
             rest["optimizer"] = with_tensors(optimizers[0], lambda *_: APART)
         faults = self._faults(partial(make_anew, temporary), of_first=True)
         faults = faults or self._faults(partial(sharded_checkpoints.write, temporary, tensors))
-        sums: list[dict[str, str]] = [{}] * self.world_size
+        own: dict[str, str] = {}
+        sums = [own] * self.world_size
+        faults = faults or self._faults(lambda: own.update(sharded_checkpoints.sums_of(temporary, self.global_rank)))
         if not faults:
-            dist.all_gather_object(sums, sharded_checkpoints.sums_of(temporary, self.global_rank))
+            dist.all_gather_object(sums, own)
             all_sums = dict(ChainMap(*sums))
             faults = self._faults(partial(sharded_checkpoints.seal, temporary, rest, all_sums), of_first=True)
         faults = faults or self._faults(partial(replace_folder, temporary, path), of_first=True)

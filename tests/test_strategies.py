@@ -251,6 +251,21 @@ def test_where_the_disk_is_full_training_goes_on_and_what_was_saved_stays(corpus
     assert max(map(sharded_checkpoints.step_of, kept)) == 9
 
 
+def test_a_rank_that_cannot_read_what_it_wrote_tells_the_others(monkeypatch, tmp_path):
+    """Who would wait for it."""
+    told = []
+
+    def gather(found: list, own: object) -> None:
+        told.append(own)
+        found[:] = [own] * len(found)
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(sharded_checkpoints, "sums_of", Mock(side_effect=OSError("Input/output error")))
+    with pytest.raises(RuntimeError, match="Input/output error"):
+        FSDP2().save_checkpoint({"state_dict": {"weight": torch.ones(2)}}, tmp_path / "last.ckpt")
+    assert "Input/output error" in told[-1]
+
+
 def test_ranks_of_torchrun_agree_on_a_folder_that_nobody_named(corpus, tmp_path, shared_cache):
     flags = [flag for flag in run_of(tmp_path, corpus) if "default_root_dir" not in flag and "ckpt_path" not in flag]
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT), "fit"]
