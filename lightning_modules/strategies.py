@@ -312,6 +312,8 @@ def split_layers(network: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:
         count = getattr(heads, name, None)
         if count is not None and count % mesh.size():
             raise ValueError(f"{kind} has {name}={count}, which {mesh.size()} ranks of tensor parallel do not divide")
+    if name := overlooked(network.base_model, plan):
+        raise ValueError(f"the plan for tensor parallel of {kind} leaves out {name}; take --trainer.strategy fsdp2")
     by_heads = []
     for pattern, style in plan.items():
         for module in matching(network.base_model, pattern):
@@ -325,6 +327,20 @@ def split_layers(network: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:
                 split = [name for name in names if name == "base_layer" or name.startswith(side)]
                 parallelize_module(module, mesh, {name: STYLES[style]() for name in split})
     return by_heads
+
+
+def overlooked(base: nn.Module, plan: dict[str, str]) -> str | None:
+    """A weight beside a matrix cut by columns and one cut by rows of which the plan says nothing: if it stands between
+    them, each rank would have a part of its gradient."""
+    styles: dict[str, set[str]] = {}
+    for pattern, style in plan.items():
+        styles.setdefault(pattern.rpartition(".")[0], set()).add(style)
+    planned = {id(p) for pattern in plan for module in matching(base, pattern) for p in module.parameters()}
+    for pattern in (pattern for pattern, found in styles.items() if found >= STYLES.keys()):
+        for name, parameter in (pair for module in matching(base, pattern) for pair in module.named_parameters()):
+            if parameter.requires_grad and id(parameter) not in planned:
+                return f"{pattern}.{name}"
+    return None
 
 
 def matching(base: nn.Module, pattern: str) -> Iterator[nn.Module]:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
+from transformers import ApertusConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
 
 from lightning_modules import checkpoint_io, sharded_checkpoints, simulation
 from lightning_modules.pretrain import CausalLM
@@ -394,6 +394,10 @@ SIZES = {"hidden_size": 24, "num_hidden_layers": 1}
         (
             Phi3Config(num_attention_heads=2, vocab_size=9, pad_token_id=0, **SIZES),
             "Phi3Config has colwise_gather_output",
+        ),
+        (
+            ApertusConfig(num_attention_heads=2, num_key_value_heads=2, vocab_size=9, pad_token_id=0, **SIZES),
+            "ApertusConfig leaves out layers.*.mlp.act_fn.alpha_p",
         ),
     ],
 )
