@@ -183,6 +183,7 @@ def test_a_run_that_cannot_be_foreseen_is_run(toy, monkeypatch, capsys):
         ({"price": -1}, "--price is -1.0"),
         ({"devices": 0}, "--devices is 0"),
         ({"output": "nowhere/plan.json"}, "there is no folder nowhere"),
+        ({"output": "."}, "--output . is a folder; name a file in it"),
         ({"devices": 8, "trainer.strategy": "deepspeed"}, "--trainer.strategy deepspeed cannot be planned"),
         ({"devices": 16, "trainer.strategy": "tp"}, "num_attention_heads=4, which 16 ranks of tensor parallel"),
     ],
