@@ -234,13 +234,19 @@ def most_rows(foresee: Callable[[int], tuple[Footprint, int]], plan: Forecast, r
     """Of a micro-batch that fits; 0 where none does, None where the room is not known."""
     if plan.footprint is None or plan.room is None:
         return None
-    buckets, here = plan.footprint.peak.get("buckets", 0), plan.footprint.peak_bytes
-    of_row = max(1.0, (foresee(2 * rows)[0].peak_bytes + buckets - here) / rows)
-    most = max(0, int(rows + (plan.room - here) / of_row))
-    # Of many more rows memory is straight, and a loss in small tiles takes long to look at.
-    while 0 < most <= 8 * rows and foresee(most)[0].peak_bytes + buckets > plan.room:
-        most -= max(1, most // 50)
-    return most
+    buckets, room = plan.footprint.peak.get("buckets", 0), plan.room
+    taken = {0: sum(plan.footprint.kept.values()), rows: plan.footprint.peak_bytes}
+    # A row takes more or less by which part of the step is the peak, so that each guess is looked at.
+    while True:
+        low = max((count for count, size in taken.items() if size <= room), default=0)
+        high = min((count for count, size in taken.items() if size > room), default=None)
+        if high is not None and high - low <= max(1, low // 50):
+            return low
+        other = max(count for count in taken if count < low) if high is None else high
+        of_row = max(1.0, (taken[other] - taken[low]) / (other - low))
+        guess = max(low + 1, int(low + (room - taken[low]) / of_row))
+        guess = min(guess, 8 * low if high is None else high - 1)
+        taken[guess] = foresee(guess)[0].peak_bytes + buckets
 
 
 def besides(plan: Forecast, trainer: Trainer, most: int | None) -> dict[str, str]:

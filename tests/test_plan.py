@@ -4,6 +4,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,20 @@ def test_it_says_what_to_change_and_that_helps(corpus, tmp_path, capsys, monkeyp
     monkeypatch.setitem(hardware.GPUS, "L4", (121e12, 2e5, 72))
     assert on(**{"data.batch_size": 1})["most_rows"] == 0
     assert "--trainer.strategy fsdp2 on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_the_most_rows_that_fit_are_looked_at_and_one_more_does_not(rows):
+    """Where a row takes more from the twelfth on: another part of the step is the peak then."""
+    looked_at = []
+
+    def foresee(count: int) -> tuple[simulation.Footprint, int]:
+        looked_at.append(count)
+        return simulation.Footprint({"activations": 100 + max(10 * count, 30 * count - 240)}, {"weights": 100}, 0, 0), 0
+
+    plan = SimpleNamespace(footprint=foresee(rows)[0], room=550)
+    assert planning.most_rows(foresee, plan, rows) == 23 and {23, 24} <= set(looked_at)
+    assert len(looked_at) < 10
 
 
 def test_time_energy_and_money_follow_from_what_is_stated(corpus, tmp_path, capsys):
