@@ -102,6 +102,7 @@ class Forecast:
         }
         if self.footprint is not None:
             found |= {"peak_memory_bytes": self.footprint.peak_bytes, "memory": self.footprint.peak, "fits": self.fits}
+            found |= {"host_memory_bytes": self.footprint.host}
         if self.length is not None:
             found |= {"steps": self.length.steps, "tokens": round(self.length.tokens), "seconds": self.seconds}
             found |= {"mfu": self.mfu, "kilowatt_hours": self.kilowatt_hours, "usd": self.cost}
@@ -116,7 +117,8 @@ class Forecast:
         shown = ", ".join(f"{part} {bytes_of(size)}" for part, size in parts if size >= self.footprint.peak_bytes / 200)
         of_all = "" if self.device.memory is None else f" of {bytes_of(self.device.memory)}"
         each = " on each device" if self.devices > 1 else ""
-        return f"{bytes_of(self.footprint.peak_bytes)}{of_all}{each} at its peak: {shown}"
+        host = f"; {bytes_of(self.footprint.host)} in the memory of its host" if self.footprint.host else ""
+        return f"{bytes_of(self.footprint.peak_bytes)}{of_all}{each} at its peak: {shown}{host}"
 
     def run(self, is_measured: bool) -> str:
         if self.length is None:
@@ -277,9 +279,13 @@ def advice(plan: Forecast, trainer: Trainer, most: int) -> str:
     kept = sum(plan.footprint.kept.values())
     if kept < 0.7 * plan.room and not trainer.lightning_module.activation_checkpointing:
         return f"no, not even one row into {room}; add --model.activation_checkpointing true"
-    sharded = isinstance(trainer.strategy, Sharded)
-    whole = kept * (plan.devices if sharded else 1)
-    enough = math.ceil(whole / (0.6 * plan.room))
+    strategy, groups = trainer.strategy, data.rank_and_ranks[1]
+    sharing = strategy.ranks_of_a_copy if isinstance(strategy, Sharded) else 1
+    enough = math.ceil(kept * sharing / (0.6 * plan.room))
+    if kept >= 0.7 * plan.room and isinstance(strategy, Sharded) and enough <= plan.devices:
+        sizes = (size for size in range(1, groups + 1) if groups % size == 0)
+        size = next(size for size in sizes if size * plan.devices // groups >= enough)
+        return f"no, not into {room} of each device; pass --trainer.strategy.group_size {size}"
     if kept >= 0.7 * plan.room:
         return f"no, not into {room} of each device; pass --trainer.strategy fsdp2 on {enough} devices or more"
     return f"no, not even one row into {room}; pass --trainer.strategy fsdp2_tp, or a shorter --data.seq_len"

@@ -57,7 +57,7 @@ class Sharded(ModelParallelStrategy):
 
     def __init__(self, group_size: int | None = None, cpu_offload: bool = False, **settings: object):
         super().__init__(**settings)
-        self._group_size, self._offloads = group_size, cpu_offload
+        self._group_size, self.offloads = group_size, cpu_offload
 
     def parallelize(self, network: PreTrainedModel) -> None:
         """Shards a network, in place. Raises ValueError for an architecture that cannot be."""
@@ -69,7 +69,7 @@ class Sharded(ModelParallelStrategy):
                 by_heads.extend(split_layers(network, mesh["tensor_parallel"]))
             if mesh["data_parallel"].size() > 1 or mesh["tensor_parallel"].size() == 1 or in_bf16:
                 rows = mesh["data_parallel"] if self._group_size is None else mesh["groups", "group"]
-                shard(network, rows, torch.bfloat16 if in_bf16 else None, self._offloads)
+                shard(network, rows, torch.bfloat16 if in_bf16 else None, self.offloads)
 
         self._hand_out(network, cut)
         self._partial = {id(parameter) for module in by_heads for parameter in module.parameters()}
@@ -79,10 +79,10 @@ class Sharded(ModelParallelStrategy):
         if hardware.is_planning():
             cut()
         else:
-            hand_out(network, cut, torch.device("cpu") if self._offloads else self.root_device)
+            hand_out(network, cut, torch.device("cpu") if self.offloads else self.root_device)
 
     def setup_environment(self) -> None:
-        if self._offloads and self.root_device.type == "cuda":
+        if self.offloads and self.root_device.type == "cuda":
             self._process_group_backend = "cpu:gloo,cuda:nccl"
         super().setup_environment()
         if self._group_size is not None:
@@ -91,7 +91,7 @@ class Sharded(ModelParallelStrategy):
 
     def model_to_device(self) -> None:
         """But for weights that are offloaded, which FSDP2 looks for on the CPU."""
-        if not self._offloads:
+        if not self.offloads:
             super().model_to_device()
             return
         self.model._apply(lambda tensor: tensor if isinstance(tensor, DTensor) else tensor.to(self.root_device))
@@ -128,6 +128,11 @@ class Sharded(ModelParallelStrategy):
         if rows.size() > 1 and not isinstance(parameter, DTensor):
             dist.all_reduce(gradient, group=rows.get_group())
             gradient /= rows.size()
+
+    @property
+    def ranks_of_a_copy(self) -> int:
+        """How many ranks share one copy of the network."""
+        return self.world_size if self._group_size is None else self.device_mesh["group", "tensor_parallel"].size()
 
     @property
     def is_first_of_its_rows(self) -> bool:

@@ -80,6 +80,27 @@ def test_each_rank_of_many_keeps_its_part(corpus, tmp_path):
     assert many["memory"]["weights"] < heads["memory"]["weights"] < one["memory"]["weights"]
 
 
+def test_what_is_offloaded_is_in_the_memory_of_the_host(corpus, tmp_path, capsys):
+    adamw = {"model.optimizer": "AdamW", "trainer.strategy": "FSDP2"}
+    on = partial(plan, tmp_path, corpus, hardware="h100", devices=2, **adamw)
+    kept, offloaded = on(), on(**{"trainer.strategy.cpu_offload": "true"})
+    assert {"weights", "optimizer"} < kept["memory"].keys() and kept["host_memory_bytes"] == 0
+    assert offloaded["memory"].keys().isdisjoint({"weights", "optimizer", "gradients"})
+    assert offloaded["host_memory_bytes"] >= 4 * 4 * kept["parameters"] / 2  # weight, gradient and two moments
+    assert " in the memory of its host" in capsys.readouterr().out
+
+
+def test_a_group_that_is_too_small_for_a_copy_is_made_larger(corpus, tmp_path, capsys, monkeypatch):
+    groups = {"trainer.strategy": "FSDP2", "trainer.strategy.group_size": 2, "model.optimizer": "AdamW"}
+    on = partial(plan, tmp_path, corpus, devices=8, **groups | {"model.architecture.hidden_size": 64})
+    found = on(hardware="h100")["memory"]
+    kept = found["weights"] + found["optimizer"]
+    for part_of_room, told in ((0.9, "--trainer.strategy.group_size 4"), (2.9, "fsdp2 on 10 devices or more")):
+        monkeypatch.setitem(hardware.GPUS, "L4", (121e12, kept / part_of_room / planning.USABLE, 72))
+        assert not on(hardware="l4", **{"data.batch_size": 1})["fits"]
+        assert told in capsys.readouterr().out
+
+
 def test_it_says_what_to_change_and_that_helps(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(hardware.GPUS, "L4", (121e12, 4e6, 72))
     on = partial(plan, tmp_path, corpus, hardware="l4", **{"model.optimizer": "AdamW", "data.seq_len": 64})
