@@ -238,7 +238,8 @@ def most_rows(foresee: Callable[[int], tuple[Footprint, int]], plan: Forecast, r
         return None
     buckets, room = plan.footprint.peak.get("buckets", 0), plan.room
     taken = {0: sum(plan.footprint.kept.values()), rows: plan.footprint.peak_bytes}
-    # A row takes more or less by which part of the step is the peak, so that each guess is looked at.
+    # A row takes more or less by which part of the step is the peak, so that each guess is looked at; but of very many
+    # rows memory is straight, and a loss in small tiles takes long to look at.
     while True:
         low = max((count for count, size in taken.items() if size <= room), default=0)
         high = min((count for count, size in taken.items() if size > room), default=None)
@@ -247,7 +248,9 @@ def most_rows(foresee: Callable[[int], tuple[Footprint, int]], plan: Forecast, r
         other = max(count for count in taken if count < low) if high is None else high
         of_row = max(1.0, (taken[other] - taken[low]) / (other - low))
         guess = max(low + 1, int(low + (room - taken[low]) / of_row))
-        guess = min(guess, 8 * low if high is None else high - 1)
+        if high is None and low >= 64 * rows:
+            return guess
+        guess = min(guess, 4 * low if high is None else high - 1)
         taken[guess] = foresee(guess)[0].peak_bytes + buckets
 
 
