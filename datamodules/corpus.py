@@ -53,9 +53,9 @@ class Corpus:
         (source,) = self.train
         return _cut_in_two(source.pieces(self.text_column, bad_rows), self._cut, source.is_one_document)
 
-    def pieces(self, split: Split) -> Iterator[Piece]:
+    def pieces(self, split: Split, bad_rows: BadRows | None = None) -> Iterator[Piece]:
         """The documents of a split, each in one or more pieces."""
-        train, val = self.splits(BadRows(self.skip_bad_rows))
+        train, val = self.splits(bad_rows or BadRows(self.skip_bad_rows))
         if split == "train":
             return train
         if not self.val:

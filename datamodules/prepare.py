@@ -4,14 +4,17 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +55,11 @@ class Job:
         corpus, held = self.corpus, []
         sources = (corpus.train if group.split == "train" else corpus.val)[group.first : group.last]
         read = (source.pieces(corpus.text_column, bad_rows) for source in sources)
-        for piece in chain.from_iterable(read) if corpus.val else corpus.pieces(group.split):
+        # Of a corpus that is cut in two all is read on the way to the held-out part, which counts for both.
+        of_both = bad_rows if group.split == "val" else None
+        for piece in chain.from_iterable(read) if corpus.val else corpus.pieces(group.split, of_both):
+            if is_interrupted():
+                raise KeyboardInterrupt
             if piece.begins_document and held:
                 yield held
                 held = []
@@ -163,6 +170,34 @@ class ShardWriter:
         return {"name": self.name, "tokens": self.tokens, "documents": len(starts)}
 
 
+def is_interrupted() -> bool:
+    """In a worker, whether what it has in hand is to end."""
+    return False
+
+
+def begin_work(interrupted: Event) -> None:
+    global is_interrupted
+    is_interrupted = interrupted.is_set
+
+
+@contextmanager
+def set_at_ctrl_c(interrupted: Event) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        interrupted.set()
+        raise
+
+
+def started(pool: ProcessPoolExecutor, function: Callable, *of_groups: Sequence) -> Iterator:
+    """As the pool's `map`, by workers that ignore Ctrl-C from their first moment: this process tells them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return pool.map(function, *of_groups)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def prepare(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
@@ -178,12 +213,17 @@ def prepare(
     tokenizer.save_pretrained(output / "tokenizer")
     job = Job(corpus, output, shard_tokens, max(tokenizer.get_vocab().values()) + 1)
     groups = groups_of(corpus, 4 * shard_tokens)
-    with ProcessPoolExecutor(max(1, min(workers, len(groups))), get_context("spawn")) as pool:
-        copies: list[np.ndarray | None] = [None] * len(groups)
+    context, count = get_context("spawn"), len(groups)
+    interrupted = context.Event()
+    with (
+        ProcessPoolExecutor(max(1, min(workers, count)), context, begin_work, (interrupted,)) as pool,
+        set_at_ctrl_c(interrupted),
+    ):
+        copies: list[np.ndarray | None] = [None] * count
         if removes_copies:
-            hashes = list(_with_bar(pool.map(partial(hashes_of, job), groups), len(groups), "looking for copies"))
+            hashes = list(_with_bar(started(pool, partial(hashes_of, job), groups), count, "looking for copies"))
             copies = copies_in(hashes)
-        found = list(_with_bar(pool.map(partial(write_group, job), groups, copies), len(groups), "making tokens"))
+        found = list(_with_bar(started(pool, partial(write_group, job), groups, copies), count, "making tokens"))
     header: dict[str, object] = {"format": FORMAT, "dtype": found[0]["dtype"]} | about | {"counts": {}}
     header["tokenizer_files"] = sorted(file.name for file in (output / "tokenizer").iterdir())
     for split in ("train", "val"):
@@ -191,6 +231,11 @@ def prepare(
         header[split] = [shard for part in own for shard in part["shards"]]
         sums = {name: sum(part["counts"][name] for part in own) for name in ("documents", "bytes", "tokens", "unknown")}
         header["counts"][split] = asdict(Counts(**sums))
+    if not header["counts"]["train"]["documents"]:
+        raise ValueError(
+            f"nothing is left to train on beside {header['counts']['val']['documents']:,} held-out documents, of which "
+            "all others are copies; write into a new folder with more text or --remove_copies false"
+        )
     header["about"] = {
         "files": len(corpus.train) + len(corpus.val),
         "duplicates": sum(part["copies"] for part in found),
@@ -198,6 +243,8 @@ def prepare(
         "empty_rows": sum(part["empty"] for part in found),
         "encoder": "prepared",
     }
+    for unfinished in output.glob(".*.partial"):  # of a run that was interrupted
+        unfinished.unlink()
     _write(output / HEADER, json.dumps(header, indent=1))
     for folder in ("done", "hashes"):
         shutil.rmtree(output / folder, ignore_errors=True)

@@ -233,6 +233,9 @@ class RecipeCLI(LightningCLI):
         if trainer.precision is None:
             bf16_gpu = self.subcommand == "plan" and not on_cpu
             trainer.precision = "bf16-mixed" if bf16_gpu else hardware.best_precision("cpu" if on_cpu else "cuda")
+        name = name_of(trainer.strategy)
+        if str(trainer.precision) in ("16", "16-mixed") and name.endswith(("tp", "TensorParallel")):
+            raise ValueError(f"--trainer.precision 16-mixed does not go with {name}; pass bf16-mixed")
         if (rows := self.config[self.subcommand].get("global_batch_size")) is not None:
             data = self.config[self.subcommand].data
             of_rank = getattr(data, "init_args", data).batch_size

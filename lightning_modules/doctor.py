@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import fsspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,6 +26,8 @@ APART = 1.0
 """Seconds that the clocks of two machines may differ by: logs and folders are named by them."""
 WRITTEN = 256 * 2**20
 """Bytes that are written to find the rate of the disk."""
+ABSENT = ("is not there", "cannot be read")
+"""What is said of data that a rank cannot see."""
 REDUCED = 64 * 2**20
 """Bytes that are added up to find the rate of the network, on a GPU; on a CPU a quarter of them."""
 
@@ -59,14 +62,15 @@ class Ranks:
             torch.cuda.synchronize()
 
 
-def checks(ranks: Ranks, folder: Path, data: Path | None, checkpoint_bytes: float | None) -> Iterator[Check]:
+def checks(ranks: Ranks, folder: Path, data: list[str], checkpoint_bytes: float | None) -> Iterator[Check]:
     """In the order of what they cost."""
     yield devices(ranks)
     yield alike(ranks, "versions", versions())
     yield alike(ranks, "source", {"digest": source_digest()})
     yield clocks(ranks)
-    if data is not None:
-        yield alike(ranks, "data", of_data(data), everywhere=lambda found: found != "is not there")
+    if data:
+        found = {path: of_data(path) for path in data}
+        yield alike(ranks, "data", found, everywhere=lambda found: not found.startswith(ABSENT))
     yield from disk(ranks, folder, checkpoint_bytes)
     yield network(ranks)
 
@@ -105,14 +109,21 @@ def source_digest() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
-def of_data(path: Path) -> dict[str, str]:
-    """Names and sizes; all of it is read once, where it is made tokens."""
-    if not path.exists():
-        return {str(path): "is not there"}
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    sizes = [(str(file.relative_to(path)), file.stat().st_size) for file in files]
-    digest = hashlib.sha256(repr(sizes).encode()).hexdigest()[:12]
-    return {str(path): f"{len(files):,} files, {bytes_of(sum(size for _, size in sizes))}, names and sizes {digest}"}
+def of_data(path: str) -> str:
+    """Names and sizes of what a path, a glob or an address stands for; all of it is read once, where it is made
+    tokens."""
+    try:
+        files, place = fsspec.core.url_to_fs(path)
+        places = [place] if files.exists(place) else files.glob(place)
+        found = {name: info for place in places for name, info in files.find(place, detail=True).items()}
+        sizes = {name: (info or files.info(name))["size"] for name, info in sorted(found.items())}
+    except Exception as error:  # whatever lies between this machine and a store
+        return f"cannot be read: {error}"
+    if not sizes:
+        return ABSENT[0]
+    root = os.path.commonpath([os.path.dirname(name) for name in sizes])
+    digest = hashlib.sha256(repr([(os.path.relpath(name, root), sizes[name]) for name in sizes]).encode()).hexdigest()
+    return f"{len(sizes):,} files, {bytes_of(sum(sizes.values()))}, names and sizes {digest[:12]}"
 
 
 def clocks(ranks: Ranks) -> Check:
@@ -190,7 +201,7 @@ def network(ranks: Ranks) -> Check:
     return Check("all-reduce", right, f"{bytes_of(sent / seconds)}/s of each rank, {1000 * seconds:,.1f} ms for {size}")
 
 
-def passed(ranks: Ranks, folder: Path, data: Path | None, checkpoint_bytes: float | None) -> bool:
+def passed(ranks: Ranks, folder: Path, data: list[str], checkpoint_bytes: float | None) -> bool:
     """Prints the checks; whether all were passed."""
     all_passed = True
     start = time.perf_counter()

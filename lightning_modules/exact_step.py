@@ -271,7 +271,8 @@ class ExactStep(LightningModule):
                 self.trainer.strategy.complete(parameter, parameter.grad)
         gradients = [local(p.grad) for p in self._stepped]
         pieces = [piece for gradient in gradients for piece in in_pieces(gradient)]
-        norms = torch.stack(torch._foreach_norm(pieces, 2, torch.float32))
+        # Of weights that are offloaded the gradients are on the CPU.
+        norms = torch.stack(torch._foreach_norm(pieces, 2, torch.float32)).to(self._sums.device)
         norm = torch.linalg.vector_norm(norms)
         told = self._sums.new_tensor([*self.wishes, 0.0 if self.global_rank else self.clock()])
         sums = self._sums * self.counts_its_rows
@@ -314,13 +315,13 @@ class ExactStep(LightningModule):
             for parameter in self._stepped:
                 parameter.grad = None
             return
+        gradients = [local(p.grad) for p in self._stepped]
         factor = self._scale
         if gradient_clip_val and gradient_clip_algorithm != "value":
             factor = factor * (gradient_clip_val / (self.step_grad_norm + 1e-6)).clamp(max=1)
         if factor.device.type != "cpu" or factor != 1:
-            torch._foreach_mul_([local(p.grad) for p in self._stepped], factor)
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
         if gradient_clip_algorithm == "value":
-            gradients = [local(p.grad) for p in self._stepped]
             torch._foreach_clamp_min_(gradients, -gradient_clip_val)
             torch._foreach_clamp_max_(gradients, gradient_clip_val)
 

@@ -102,6 +102,7 @@ class Forecast:
         }
         if self.footprint is not None:
             found |= {"peak_memory_bytes": self.footprint.peak_bytes, "memory": self.footprint.peak, "fits": self.fits}
+            found |= {"host_memory_bytes": self.footprint.host}
         if self.length is not None:
             found |= {"steps": self.length.steps, "tokens": round(self.length.tokens), "seconds": self.seconds}
             found |= {"mfu": self.mfu, "kilowatt_hours": self.kilowatt_hours, "usd": self.cost}
@@ -116,7 +117,8 @@ class Forecast:
         shown = ", ".join(f"{part} {bytes_of(size)}" for part, size in parts if size >= self.footprint.peak_bytes / 200)
         of_all = "" if self.device.memory is None else f" of {bytes_of(self.device.memory)}"
         each = " on each device" if self.devices > 1 else ""
-        return f"{bytes_of(self.footprint.peak_bytes)}{of_all}{each} at its peak: {shown}"
+        host = f"; {bytes_of(self.footprint.host)} in the memory of its host" if self.footprint.host else ""
+        return f"{bytes_of(self.footprint.peak_bytes)}{of_all}{each} at its peak: {shown}{host}"
 
     def run(self, is_measured: bool) -> str:
         if self.length is None:
@@ -234,13 +236,22 @@ def most_rows(foresee: Callable[[int], tuple[Footprint, int]], plan: Forecast, r
     """Of a micro-batch that fits; 0 where none does, None where the room is not known."""
     if plan.footprint is None or plan.room is None:
         return None
-    buckets, here = plan.footprint.peak.get("buckets", 0), plan.footprint.peak_bytes
-    of_row = max(1.0, (foresee(2 * rows)[0].peak_bytes + buckets - here) / rows)
-    most = max(0, int(rows + (plan.room - here) / of_row))
-    # Of many more rows memory is straight, and a loss in small tiles takes long to look at.
-    while 0 < most <= 8 * rows and foresee(most)[0].peak_bytes + buckets > plan.room:
-        most -= max(1, most // 50)
-    return most
+    buckets, room = plan.footprint.peak.get("buckets", 0), plan.room
+    taken = {0: sum(plan.footprint.kept.values()), rows: plan.footprint.peak_bytes}
+    # A row takes more or less by which part of the step is the peak, so that each guess is looked at; but of very many
+    # rows memory is straight, and a loss in small tiles takes long to look at.
+    while True:
+        low = max((count for count, size in taken.items() if size <= room), default=0)
+        high = min((count for count, size in taken.items() if size > room), default=None)
+        if high is not None and high - low <= max(1, low // 50):
+            return low
+        other = max(count for count in taken if count < low) if high is None else high
+        of_row = max(1.0, (taken[other] - taken[low]) / (other - low))
+        guess = max(low + 1, int(low + (room - taken[low]) / of_row))
+        if high is None and low >= 64 * rows:
+            return guess
+        guess = min(guess, 4 * low if high is None else high - 1)
+        taken[guess] = foresee(guess)[0].peak_bytes + buckets
 
 
 def besides(plan: Forecast, trainer: Trainer, most: int | None) -> dict[str, str]:
@@ -271,9 +282,13 @@ def advice(plan: Forecast, trainer: Trainer, most: int) -> str:
     kept = sum(plan.footprint.kept.values())
     if kept < 0.7 * plan.room and not trainer.lightning_module.activation_checkpointing:
         return f"no, not even one row into {room}; add --model.activation_checkpointing true"
-    sharded = isinstance(trainer.strategy, Sharded)
-    whole = kept * (plan.devices if sharded else 1)
-    enough = math.ceil(whole / (0.6 * plan.room))
+    strategy, groups = trainer.strategy, data.rank_and_ranks[1]
+    sharing = strategy.ranks_of_a_copy if isinstance(strategy, Sharded) else 1
+    enough = math.ceil(kept * sharing / (0.6 * plan.room))
+    if kept >= 0.7 * plan.room and isinstance(strategy, Sharded) and enough <= plan.devices:
+        sizes = (size for size in range(1, groups + 1) if groups % size == 0)
+        size = next(size for size in sizes if size * plan.devices // groups >= enough)
+        return f"no, not into {room} of each device; pass --trainer.strategy.group_size {size}"
     if kept >= 0.7 * plan.room:
         return f"no, not into {room} of each device; pass --trainer.strategy fsdp2 on {enough} devices or more"
     return f"no, not even one row into {room}; pass --trainer.strategy fsdp2_tp, or a shorter --data.seq_len"

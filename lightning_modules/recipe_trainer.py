@@ -57,6 +57,8 @@ class RecipeTrainer(Trainer):
             raise ValueError(f"--price is {price}; pass USD of a device for an hour")
         if output is not None and not output.parent.is_dir():
             raise FileNotFoundError(f"--output {output}: there is no folder {output.parent}")
+        if output is not None and output.is_dir():
+            raise IsADirectoryError(f"--output {output} is a folder; name a file in it")
         device = self._device(hardware)
         self.datamodule, datamodule.trainer = datamodule, self
         self.strategy._lightning_module, model.trainer = model, self

@@ -186,6 +186,8 @@ class ScheduledStep(ExactStep):
 
     def configure_optimizers(self) -> dict:
         optimizer = self.new_optimizer()
+        # A fused optimizer would divide by float16's scale within its step, after the norm is taken and clipped.
+        optimizer._step_supports_amp_scaling = False
         number_when_loaded(optimizer, self)
         scheduler = LRsOfTheStart(optimizer, lambda step: self.schedule.factor(step, self.progress()))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from lightning_modules.hardware import PLANNED_FOR
 from lightning_modules.losses import IGNORED
 from lightning_modules.shards import local
+from lightning_modules.strategies import Sharded
 
 if TYPE_CHECKING:
     from lightning_modules.scheduled_step import ScheduledStep
@@ -33,6 +34,8 @@ aten = torch.ops.aten
 
 
 Batch = dict[str, Tensor]
+OFFLOADED = ("weights", "gradients", "optimizer")
+"""Parts that are kept in the memory of the CPU where a strategy offloads."""
 
 
 class Footprint(NamedTuple):
@@ -46,6 +49,8 @@ class Footprint(NamedTuple):
     """Of forward and backward of a micro-batch, counted operation by operation."""
     checkpoint: int
     """Of weights and optimizer, of all ranks together."""
+    host: int = 0
+    """At the most in the memory of the CPU, where a strategy offloads."""
 
     @property
     def peak_bytes(self) -> int:
@@ -69,6 +74,9 @@ class LiveBytes(TorchDispatchMode):
         """To which belongs what is made now."""
         self.bytes: Counter[str] = Counter()
         self.peak: dict[str, int] = {}
+        self.offloaded: tuple[str, ...] = ()
+        """Parts that are in the memory of the CPU."""
+        self.host_peak = 0
         self.flops = 0
         self._most = 0
         self._blocks: dict[int, tuple[str, int]] = {}
@@ -76,7 +84,11 @@ class LiveBytes(TorchDispatchMode):
 
     def start_peak(self) -> None:
         """From here on the most is looked for."""
-        self.peak, self._most = dict(self.bytes), self.bytes.total()
+        self.peak = self.of_device()
+        self._most = sum(self.peak.values())
+
+    def of_device(self) -> dict[str, int]:
+        return {part: size for part, size in self.bytes.items() if part not in self.offloaded}
 
     def belongs(self, tensor: Tensor, part: str) -> None:
         """Says to which part a tensor belongs that is there already."""
@@ -128,8 +140,10 @@ class LiveBytes(TorchDispatchMode):
             weakref.finalize(block, self._ended, key)
         self._blocks[key] = part, block.nbytes()
         self.bytes[part] += block.nbytes()
-        if (now := self.bytes.total()) > self._most:
-            self.peak, self._most = dict(self.bytes), now
+        on_host = sum(self.bytes[part] for part in self.offloaded)
+        self.host_peak = max(self.host_peak, on_host)
+        if (now := self.bytes.total() - on_host) > self._most:
+            self.peak, self._most = self.of_device(), now
 
     def _ended(self, key: int) -> None:
         part, size = self._blocks.pop(key)
@@ -233,6 +247,8 @@ def footprint(module: "ScheduledStep", batch: Batch, live: LiveBytes, accumulate
     device = next(module.parameters()).device
     batch = {name: torch.empty(value.shape, dtype=value.dtype, device=device) for name, value in batch.items()}
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    strategy = module.trainer.strategy
+    live.offloaded = OFFLOADED if isinstance(strategy, Sharded) and strategy.offloads else ()
     for tensor in (*module.parameters(), *module.buffers()):
         live.belongs(tensor, "weights")
     for teacher in getattr(module, "teachers", []):
@@ -266,7 +282,7 @@ def footprint(module: "ScheduledStep", batch: Batch, live: LiveBytes, accumulate
     live.part = "optimizer"
     optimizer.step()
     optimizer.zero_grad()
-    return Footprint(positive(live.peak), positive(live.bytes), flops, checkpoint)
+    return Footprint(positive(live.peak), positive(live.of_device()), flops, checkpoint, live.host_peak)
 
 
 def _backward(module: "ScheduledStep", batch: Batch, live: LiveBytes) -> None:

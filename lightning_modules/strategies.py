@@ -57,7 +57,7 @@ class Sharded(ModelParallelStrategy):
 
     def __init__(self, group_size: int | None = None, cpu_offload: bool = False, **settings: object):
         super().__init__(**settings)
-        self._group_size, self._offloads = group_size, cpu_offload
+        self._group_size, self.offloads = group_size, cpu_offload
 
     def parallelize(self, network: PreTrainedModel) -> None:
         """Shards a network, in place. Raises ValueError for an architecture that cannot be."""
@@ -69,7 +69,7 @@ class Sharded(ModelParallelStrategy):
                 by_heads.extend(split_layers(network, mesh["tensor_parallel"]))
             if mesh["data_parallel"].size() > 1 or mesh["tensor_parallel"].size() == 1 or in_bf16:
                 rows = mesh["data_parallel"] if self._group_size is None else mesh["groups", "group"]
-                shard(network, rows, torch.bfloat16 if in_bf16 else None, self._offloads)
+                shard(network, rows, torch.bfloat16 if in_bf16 else None, self.offloads)
 
         self._hand_out(network, cut)
         self._partial = {id(parameter) for module in by_heads for parameter in module.parameters()}
@@ -79,15 +79,23 @@ class Sharded(ModelParallelStrategy):
         if hardware.is_planning():
             cut()
         else:
-            hand_out(network, cut, torch.device("cpu") if self._offloads else self.root_device)
+            hand_out(network, cut, torch.device("cpu") if self.offloads else self.root_device)
 
     def setup_environment(self) -> None:
-        if self._offloads and self.root_device.type == "cuda":
+        if self.offloads and self.root_device.type == "cuda":
             self._process_group_backend = "cpu:gloo,cuda:nccl"
         super().setup_environment()
         if self._group_size is not None:
             self._device_mesh = self.lightning_module._device_mesh = self._grouped(self._group_size)
         self._all_ranks = init_device_mesh(self.root_device.type, (self.world_size,))
+
+    def model_to_device(self) -> None:
+        """But for weights that are offloaded, which FSDP2 looks for on the CPU."""
+        if not self.offloads:
+            super().model_to_device()
+            return
+        self.model._apply(lambda tensor: tensor if isinstance(tensor, DTensor) else tensor.to(self.root_device))
+        self.lightning_module._device = self.root_device  # as its own `to` says it
 
     def _grouped(self, size: int) -> DeviceMesh:
         """Ranks that see different rows, in groups with a copy each."""
@@ -122,6 +130,11 @@ class Sharded(ModelParallelStrategy):
             gradient /= rows.size()
 
     @property
+    def ranks_of_a_copy(self) -> int:
+        """How many ranks share one copy of the network."""
+        return self.world_size if self._group_size is None else self.device_mesh["group", "tensor_parallel"].size()
+
+    @property
     def is_first_of_its_rows(self) -> bool:
         """Whether what this rank sums is to count: others may see the same rows."""
         return self.device_mesh["tensor_parallel"].get_local_rank() == 0
@@ -150,9 +163,11 @@ class Sharded(ModelParallelStrategy):
             rest["optimizer"] = with_tensors(optimizers[0], lambda *_: APART)
         faults = self._faults(partial(make_anew, temporary), of_first=True)
         faults = faults or self._faults(partial(sharded_checkpoints.write, temporary, tensors))
-        sums: list[dict[str, str]] = [{}] * self.world_size
+        own: dict[str, str] = {}
+        sums = [own] * self.world_size
+        faults = faults or self._faults(lambda: own.update(sharded_checkpoints.sums_of(temporary, self.global_rank)))
         if not faults:
-            dist.all_gather_object(sums, sharded_checkpoints.sums_of(temporary, self.global_rank))
+            dist.all_gather_object(sums, own)
             all_sums = dict(ChainMap(*sums))
             faults = self._faults(partial(sharded_checkpoints.seal, temporary, rest, all_sums), of_first=True)
         faults = faults or self._faults(partial(replace_folder, temporary, path), of_first=True)
@@ -302,6 +317,8 @@ def split_layers(network: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:
         count = getattr(heads, name, None)
         if count is not None and count % mesh.size():
             raise ValueError(f"{kind} has {name}={count}, which {mesh.size()} ranks of tensor parallel do not divide")
+    if name := overlooked(network.base_model, plan):
+        raise ValueError(f"the plan for tensor parallel of {kind} leaves out {name}; take --trainer.strategy fsdp2")
     by_heads = []
     for pattern, style in plan.items():
         for module in matching(network.base_model, pattern):
@@ -315,6 +332,20 @@ def split_layers(network: PreTrainedModel, mesh: DeviceMesh) -> list[nn.Module]:
                 split = [name for name in names if name == "base_layer" or name.startswith(side)]
                 parallelize_module(module, mesh, {name: STYLES[style]() for name in split})
     return by_heads
+
+
+def overlooked(base: nn.Module, plan: dict[str, str]) -> str | None:
+    """A weight beside a matrix cut by columns and one cut by rows of which the plan says nothing: if it stands between
+    them, each rank would have a part of its gradient."""
+    styles: dict[str, set[str]] = {}
+    for pattern, style in plan.items():
+        styles.setdefault(pattern.rpartition(".")[0], set()).add(style)
+    planned = {id(p) for pattern in plan for module in matching(base, pattern) for p in module.parameters()}
+    for pattern in (pattern for pattern, found in styles.items() if found >= STYLES.keys()):
+        for name, parameter in (pair for module in matching(base, pattern) for pair in module.named_parameters()):
+            if parameter.requires_grad and id(parameter) not in planned:
+                return f"{pattern}.{name}"
+    return None
 
 
 def matching(base: nn.Module, pattern: str) -> Iterator[nn.Module]:

@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from jsonargparse.typing import PositiveFloat
+
 from lightning_modules.command_line import OneLineParser, one_line_errors
 
 
@@ -20,13 +22,14 @@ class Data:
     """What the run will read.
 
     Args:
-        path: A file or a folder, which every machine has to see.
+        path: Files, folders, globs, weights of prepared folders, or addresses such as s3://bucket/prepared, as `fit`
+            takes them: every machine has to see them. Names of the Hub are not looked for.
     """
 
-    path: Path | None = None
+    path: str | list[str] | dict[str, float] | None = None
 
 
-def examine(data: Data, folder: Path = Path("runs"), checkpoint_gb: float | None = None) -> None:
+def examine(data: Data, folder: Path = Path("runs"), checkpoint_gb: PositiveFloat | None = None) -> None:
     """Looks.
 
     Args:
@@ -36,7 +39,8 @@ def examine(data: Data, folder: Path = Path("runs"), checkpoint_gb: float | None
     """
     from lightning_modules.doctor import Ranks, passed
 
-    if not passed(Ranks(), folder, data.path, None if checkpoint_gb is None else 1e9 * checkpoint_gb):
+    paths = [data.path] if isinstance(data.path, str) else list(data.path or ())
+    if not passed(Ranks(), folder, paths, None if checkpoint_gb is None else 1e9 * checkpoint_gb):
         sys.exit(1)
 
 

@@ -9,6 +9,7 @@ Run:
 The same command goes on where it was interrupted. Of equal documents one stays, a held-out one before all others.
 """
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 
-from lightning_modules.command_line import OneLineParser, one_line_errors
+from lightning_modules.command_line import OneLineParser, fail, one_line_errors
 
 
 @dataclass
@@ -84,16 +85,20 @@ def make(
         size, shards = f"{counts['bytes'] / 1e6:,.2f} MB", len(found[split])
         print(f"{name:<9} {counts['documents']:,} documents, {size}, {counts['tokens']:,} tokens in {shards} shards")
     about = found["about"]
-    print(f"left out  {about['duplicates']:,} copies of documents, {sum(about['skipped_rows'].values()):,} bad rows")
-    print(f"next      python recipes/pretrain.py fit --data.path {output}")
+    bad_rows, empty_rows = sum(about["skipped_rows"].values()), about["empty_rows"]
+    print(f"left out  {about['duplicates']:,} copies of documents, {bad_rows:,} bad rows, {empty_rows:,} empty ones")
+    print(f"next      python recipes/pretrain.py fit --data.path {shlex.quote(str(output))}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_function_arguments(make, as_group=False)
     options = parser.instantiate(parser.parse_args(arguments))
-    with one_line_errors():
-        make(**options)
+    try:
+        with one_line_errors():
+            make(**options)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on", code=130)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """A micro-batch that does not fit into memory is done in parts: the same step."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision, Precision
 
+from lightning_modules import simulation
 from lightning_modules.architectures import HeadInput, build
 from lightning_modules.exact_step import micro_batch_seed, recount
 from lightning_modules.losses import linear_cross_entropy
@@ -142,3 +146,51 @@ def test_a_hundred_steps_are_those_of_a_plain_loop(toy, loss, tolerance):
     if not tolerance:
         for name, parameter in network.named_parameters():
             assert torch.equal(parameter, module.network.get_parameter(name)), name
+
+
+def half_precision(scale):
+    """Finds in one step that a scale is 2²⁴ times too large."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, backoff_factor=2.0**-24)
+    return MixedPrecision("16-mixed", "cpu", scaler)
+
+
+def test_float16_trains_as_float32_does_and_goes_on_after_a_step_that_overflows(toy):
+    """With the default optimizer, which is fused, and clipping."""
+
+    found = []
+
+    class Steps(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            weight = module.network.lm_head.weight.detach().clone()
+            found[-1].append((module.step_is_finite, float(module.step_loss), float(module.step_grad_norm), weight))
+
+    for plugin in (Precision(), half_precision(2.0**16), half_precision(2.0**40)):
+        found.append([])
+        settings = {"max_steps": 6, "gradient_clip_val": 0.3, "callbacks": [Steps()], "plugins": [plugin]}
+        trainer, module, data = toy(schedule=Constant(warmup_steps=0), trainer=settings)
+        trainer.fit(module, data)
+    whole, half, overflowing = found
+    for (_, loss, norm, weight), (_, loss_of_half, norm_of_half, weight_of_half) in zip(whole, half, strict=True):
+        assert (loss_of_half, norm_of_half) == pytest.approx((loss, norm), rel=1e-2)
+        assert torch.allclose(weight, weight_of_half, rtol=0, atol=2e-3)
+    assert [step[0] for step in overflowing] == [False] + 5 * [True]
+    assert overflowing[-1][1] < overflowing[0][1] - 0.1 and overflowing[1][2] < 100
+
+
+def test_gradients_on_the_cpu_meet_sums_on_a_gpu(toy, monkeypatch):
+    """As FSDP2 offloads them; on fake tensors, and another device in the place of a GPU."""
+    factors = []
+    monkeypatch.setattr(torch, "_foreach_mul_", lambda gradients, factor: factors.append(factor))
+    trainer, module, data = toy()
+    data.trainer = trainer
+    strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
+    module.trainer = SimpleNamespace(strategy=strategy, datamodule=data, callbacks=[], world_size=1, global_rank=0)
+    module.trainer.accumulate_grad_batches = 1
+    with simulation.simulated("cpu"):
+        module.network = torch.nn.Linear(3, 2)
+        for parameter in module.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        module._sums = torch.empty(3, dtype=torch.float64, device="meta")
+        module.on_before_optimizer_step(None)
+        module.configure_gradient_clipping(None, 1.0)
+    assert module.step_grad_norm.device.type == "meta" and factors[0].device.type == "cpu"

@@ -33,6 +33,16 @@ def test_a_recipe_trains_on_a_gpu_in_every_precision(corpus, tmp_path, precision
     assert summary["val_loss"] < 6.0 and summary["steps"] == 10
 
 
+def test_float16_trains_as_float32_does_with_a_fused_optimizer(corpus, tmp_path):
+    flags = {"trainer.accelerator": "cuda", "trainer.max_steps": 10, "trainer.gradient_clip_val": 0.3}
+    flags |= {"model.compile": "false", "model.optimizer": "lightning_modules.optim.adamw"}
+    losses = [
+        fit(tmp_path / precision, corpus, **flags, **{"trainer.precision": precision})["val_loss"]
+        for precision in ("32-true", "16-mixed")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
 def test_a_gpu_and_a_cpu_train_alike_in_float32(corpus, tmp_path):
     flags = {"trainer.precision": "32-true", "model.compile": "false", "trainer.max_steps": 5}
     losses = [

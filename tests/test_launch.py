@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import stat
 import struct
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from lightning_modules import doctor
+from recipes import doctor as examine
 from tests.test_ddp import ROOT
 from tests.test_recipes import run
 
@@ -39,16 +41,20 @@ def small(folder: Path, texts: Path, steps: int) -> Path:
     return folder / "config.yaml"
 
 
+def changed(file: str, **values: object) -> str:
+    """A script with other values of what is marked CHANGE."""
+    lines = (LAUNCH / file).read_text().splitlines()
+    for name, value in values.items():
+        lines = [f"{name}={value}" if line.startswith(f"{name}=") else line for line in lines]
+    return "\n".join(lines) + "\n"
+
+
 def test_a_job_that_is_preempted_is_queued_again_and_goes_on(texts, tmp_path):
     for name, content in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(content)
         (tmp_path / name).chmod(stat.S_IRWXU)
-    text = (LAUNCH / "slurm.sh").read_text()
-    values = {"GPUS": "2", "CONFIG": small(tmp_path, texts, 300), "DATA": texts}
-    for name, value in values.items():  # what is marked CHANGE
-        lines = [line if not line.startswith(f"{name}=") else f"{name}={value}" for line in text.splitlines()]
-        text = "\n".join(lines)
-    (tmp_path / "job.sh").write_text(text.replace("RUN=runs/", f"RUN={tmp_path}/") + "\n")
+    text = changed("slurm.sh", GPUS=2, CONFIG=small(tmp_path, texts, 300), DATA=texts)
+    (tmp_path / "job.sh").write_text(text.replace("RUN=runs/", f"RUN={tmp_path}/"))
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
     environment |= {"SLURM_JOB_NAME": "llama", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "x"}
     environment |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT)}
@@ -78,6 +84,35 @@ def test_a_job_that_is_preempted_is_queued_again_and_goes_on(texts, tmp_path):
     assert "going on from step" in (tmp_path / "second").read_text()
     assert json.loads((run / "summary.json").read_text())["steps"] == 300
     assert (tmp_path / "first").read_text().count("passed  all-reduce") == 1
+
+
+def test_slurm_finds_the_folder_of_its_log_in_a_fresh_clone():
+    """It does not make one, and ends a job whose log it cannot open."""
+    output = re.search(r"#SBATCH --output=(\S+)", (LAUNCH / "slurm.sh").read_text())[1]
+    assert Path(output).parent == Path()
+
+
+def test_one_of_two_machines_that_comes_back_joins_the_training_and_no_doctor(tmp_path):
+    """Nobody else is with the doctor by then."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\necho "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE $@" >> {tmp_path}/started\n')
+    python.chmod(stat.S_IRWXU)
+    (tmp_path / "both.sh").write_text(changed("two_nodes.sh", RUN=tmp_path / "run"))
+
+    def started() -> list[str]:
+        subprocess.run(["bash", str(tmp_path / "both.sh")], env=os.environ | {"PYTHON": str(python)}, check=True)
+        lines = (tmp_path / "started").read_text().splitlines()
+        (tmp_path / "started").unlink()
+        return lines
+
+    examining, training = started()
+    assert "recipes/doctor.py" in examining and "recipes/pretrain.py fit" in training
+    assert training.startswith("1 ")  # else it is not told where the ranks meet
+    for flag in ("--rdzv-id", "--rdzv-endpoint"):
+        first, second = (line.split(f"{flag} ")[1].split()[0] for line in (examining, training))
+        assert first != second
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert started() == [training]
 
 
 @pytest.mark.parametrize("file", ["slurm.sh", "two_nodes.sh", "pytorchjob.yaml"])
@@ -120,6 +155,23 @@ def test_the_doctor_says_what_is_wrong(tmp_path):
     assert code == 1
     wrong = [line for line in said.splitlines() if line.startswith("FAILED")]
     assert len(wrong) == 2 and "nowhere is not there on rank 0" in wrong[0] and "two checkpoints need" in wrong[1]
+
+
+def test_the_doctor_takes_data_as_a_run_does(texts, tmp_path):
+    """Folders, globs, addresses of a store, and weights of them."""
+    paths = {str(texts): 0.5, f"{texts}/*.txt": 0.3, f"file://{texts}": 0.2}
+    for given in (json.dumps(paths), json.dumps(list(paths)), f"{texts}/*"):
+        code, said = examined(tmp_path, f"--data.path={given}")
+        found = re.findall(r"8 files, \S+ \S+, names and sizes (\w+)", said)
+        assert code == 0 and len(found) == (1 if given.endswith("*") else 3) and len(set(found)) == 1, said
+    code, said = examined(tmp_path, "--data.path=nostore://bucket/texts")
+    assert code == 1 and "FAILED  data" in said and "nostore://bucket/texts cannot be read: " in said
+
+
+def test_the_doctor_refuses_a_checkpoint_of_less_than_nothing(capsys):
+    with pytest.raises(SystemExit) as stop:
+        examine.main(["--checkpoint_gb", "-5"])
+    assert stop.value.code == 2 and "--checkpoint_gb" in capsys.readouterr().err
 
 
 class TwoRanks(doctor.Ranks):

@@ -4,6 +4,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +80,27 @@ def test_each_rank_of_many_keeps_its_part(corpus, tmp_path):
     assert many["memory"]["weights"] < heads["memory"]["weights"] < one["memory"]["weights"]
 
 
+def test_what_is_offloaded_is_in_the_memory_of_the_host(corpus, tmp_path, capsys):
+    adamw = {"model.optimizer": "AdamW", "trainer.strategy": "FSDP2"}
+    on = partial(plan, tmp_path, corpus, hardware="h100", devices=2, **adamw)
+    kept, offloaded = on(), on(**{"trainer.strategy.cpu_offload": "true"})
+    assert {"weights", "optimizer"} < kept["memory"].keys() and kept["host_memory_bytes"] == 0
+    assert offloaded["memory"].keys().isdisjoint({"weights", "optimizer", "gradients"})
+    assert offloaded["host_memory_bytes"] >= 4 * 4 * kept["parameters"] / 2  # weight, gradient and two moments
+    assert " in the memory of its host" in capsys.readouterr().out
+
+
+def test_a_group_that_is_too_small_for_a_copy_is_made_larger(corpus, tmp_path, capsys, monkeypatch):
+    groups = {"trainer.strategy": "FSDP2", "trainer.strategy.group_size": 2, "model.optimizer": "AdamW"}
+    on = partial(plan, tmp_path, corpus, devices=8, **groups | {"model.architecture.hidden_size": 64})
+    found = on(hardware="h100")["memory"]
+    kept = found["weights"] + found["optimizer"]
+    for part_of_room, told in ((0.9, "--trainer.strategy.group_size 4"), (2.9, "fsdp2 on 10 devices or more")):
+        monkeypatch.setitem(hardware.GPUS, "L4", (121e12, kept / part_of_room / planning.USABLE, 72))
+        assert not on(hardware="l4", **{"data.batch_size": 1})["fits"]
+        assert told in capsys.readouterr().out
+
+
 def test_it_says_what_to_change_and_that_helps(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(hardware.GPUS, "L4", (121e12, 4e6, 72))
     on = partial(plan, tmp_path, corpus, hardware="l4", **{"model.optimizer": "AdamW", "data.seq_len": 64})
@@ -94,6 +116,22 @@ def test_it_says_what_to_change_and_that_helps(corpus, tmp_path, capsys, monkeyp
     monkeypatch.setitem(hardware.GPUS, "L4", (121e12, 2e5, 72))
     assert on(**{"data.batch_size": 1})["most_rows"] == 0
     assert "--trainer.strategy fsdp2 on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_the_most_rows_that_fit_are_looked_at_and_one_more_does_not(rows):
+    """Where a row takes more from the twelfth on: another part of the step is the peak then."""
+    looked_at = []
+
+    def foresee(count: int) -> tuple[simulation.Footprint, int]:
+        looked_at.append(count)
+        return simulation.Footprint({"activations": 100 + max(10 * count, 30 * count - 240)}, {"weights": 100}, 0, 0), 0
+
+    plan = SimpleNamespace(footprint=foresee(rows)[0], room=550)
+    assert planning.most_rows(foresee, plan, rows) == 23 and {23, 24} <= set(looked_at)
+    assert len(looked_at) < 10
+    plan.room = 30 * 10**6 - 140
+    assert planning.most_rows(foresee, plan, rows) == 10**6 and max(looked_at) < 1000 * rows  # which would take long
 
 
 def test_time_energy_and_money_follow_from_what_is_stated(corpus, tmp_path, capsys):
@@ -183,6 +221,7 @@ def test_a_run_that_cannot_be_foreseen_is_run(toy, monkeypatch, capsys):
         ({"price": -1}, "--price is -1.0"),
         ({"devices": 0}, "--devices is 0"),
         ({"output": "nowhere/plan.json"}, "there is no folder nowhere"),
+        ({"output": "."}, "--output . is a folder; name a file in it"),
         ({"devices": 8, "trainer.strategy": "deepspeed"}, "--trainer.strategy deepspeed cannot be planned"),
         ({"devices": 16, "trainer.strategy": "tp"}, "num_attention_heads=4, which 16 ranks of tensor parallel"),
     ],

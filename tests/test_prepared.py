@@ -2,8 +2,13 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,7 +25,7 @@ from datamodules.prepared import Tokens, open_prepared
 from datamodules.teacher_cache import CachedRows
 from datamodules.text import Text
 from recipes import prepare
-from tests.test_recipes import fit, run
+from tests.test_recipes import ROOT, fit, run
 
 
 def made(folder: Path, *paths: Path, **flags: object) -> dict:
@@ -104,9 +109,11 @@ def test_one_process_or_three_and_an_interruption_make_the_same(two, tmp_path, m
 
     monkeypatch.setattr(preparing, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(preparing, "write_group", broken)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         made(tmp_path / "again", texts)
+    assert stop.value.code == 130
     assert written == ["val-00000"] and not (tmp_path / "again" / "prepared.json").exists()
+    (tmp_path / "again" / ".train-00000-000.bin.1.partial").touch()  # as a process leaves it that is killed
     before = (tmp_path / "again" / "val-00000-000.bin").stat().st_mtime_ns
     with pytest.raises(SystemExit):  # of other settings
         made(tmp_path / "again", texts, shard_tokens=500)
@@ -115,7 +122,49 @@ def test_one_process_or_three_and_an_interruption_make_the_same(two, tmp_path, m
     assert (tmp_path / "again" / "val-00000-000.bin").stat().st_mtime_ns == before
     for file in (tmp_path / "one").glob("*.bin"):
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
-    assert not (tmp_path / "again" / "done").exists()
+    assert not (tmp_path / "again" / "done").exists() and not list((tmp_path / "again").glob("*.partial"))
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    """Of all processes together, which a terminal tells at once."""
+    texts = texts_of(tmp_path / "texts", 200, "word")
+    flags = [f"--data.path={texts}", "--data.tokenizer=bytes", f"--output={tmp_path / 'out'}", "--shard_tokens=100"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "recipes" / "prepare.py"), *flags, "--workers=2"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background is without
+    )
+    end = time.monotonic() + 60
+    while not (tmp_path / "out" / "hashes").exists():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (130, "error: interrupted; the same command goes on\n")
+
+
+def test_rows_of_the_only_file_that_are_left_out_are_counted_once(tmp_path, capsys):
+    """In the part that is held out as in the other."""
+    rows = [json.dumps({"text": f"document {i}" if i % 10 else ""}) for i in range(50)]
+    rows[7] = rows[48] = "{no row"
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    found = made(tmp_path / "a b", tmp_path / "rows.jsonl", **{"data.on_bad_row": "skip"})
+    assert found["about"]["skipped_rows"] == {str(tmp_path / "rows.jsonl"): 2} and found["about"]["empty_rows"] == 5
+    assert sum(found["counts"][split]["documents"] for split in ("train", "val")) == 43
+    said = capsys.readouterr().out
+    assert "2 bad rows, 5 empty ones" in said and f"--data.path '{tmp_path / 'a b'}'" in said
+
+
+def test_nothing_to_train_on_is_one_line_and_no_prepared_folder(tmp_path, capsys):
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "all of it"}) + "\n")
+    with pytest.raises(SystemExit) as stop:
+        made(tmp_path / "out", tmp_path / "train.jsonl", **{"data.val_path": tmp_path / "val.jsonl"})
+    assert stop.value.code == 2 and "nothing is left to train on" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "prepared.json").exists()
 
 
 def test_of_equal_documents_one_stays_and_a_held_out_one_before_all_others(tmp_path, capsys):

@@ -82,12 +82,15 @@ def finished(argv, folder):
 
 @pytest.mark.parametrize("step", [1, 2, 7, 8, 15, 16, 17, 18, 19, 30, 45, 49])
 def test_a_terminated_run_goes_on_from_any_step_bit_by_bit(step, whole_epochs, corpus, tmp_path):
-    argv = arguments(tmp_path, corpus, EPOCHS)
-    assert finished(argv + signal_at(step), tmp_path) == 143
-    assert "SIGTERM at step " in (tmp_path / "log").read_text()
-    assert finished(argv, tmp_path) == 0
-    assert state(tmp_path) == state(whole_epochs)
-    assert losses(tmp_path) == losses(whole_epochs)
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    argv = arguments(folder, corpus, EPOCHS)
+    assert finished(argv + signal_at(step), folder) == 143
+    told = (folder / "log").read_text()
+    assert "SIGTERM at step " in told and f"--trainer.default_root_dir '{folder}' --ckpt_path last" in told
+    assert finished(argv, folder) == 0
+    assert state(folder) == state(whole_epochs)
+    assert losses(folder) == losses(whole_epochs)
 
 
 def losses(folder):

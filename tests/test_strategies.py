@@ -17,13 +17,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import ApertusConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
 
-from lightning_modules import checkpoint_io, sharded_checkpoints
+from lightning_modules import checkpoint_io, sharded_checkpoints, simulation
 from lightning_modules.pretrain import CausalLM
-from lightning_modules.strategies import FSDP2, split_layers
+from lightning_modules.strategies import FSDP2, shard, split_layers
 from tests.faults import SCRIPT, signal_at
 from tests.test_ddp import ROOT, fit
+from tests.test_recipes import TOY, run
 
 EVERY = ("decoder", "normed_heads", "encoder", "encoder_decoder", "labels", "answers", "distilled")
 WITH_PLAN = ("decoder", "normed_heads", "answers", "distilled")
@@ -115,6 +117,19 @@ def test_the_first_rank_alone_makes_a_network_and_its_teacher(case, found):
     first, *others = found[case]["made"]
     networks = 1 + case.endswith("distilled")
     assert first == [True] * networks and others and all(other == [False] * networks for other in others)
+
+
+def test_weights_that_are_offloaded_stay_on_the_cpu(monkeypatch):
+    """And nothing else does; another device stands in the place of a GPU."""
+    monkeypatch.setattr(FSDP2, "root_device", torch.device("meta"))
+    strategy, module = FSDP2(cpu_offload=True), CausalLM(LlamaConfig(num_attention_heads=3, vocab_size=9, **SIZES))
+    module.network = AutoModelForCausalLM.from_config(module.architecture)
+    strategy.model = strategy._lightning_module = module
+    with simulation.ranks(2):
+        shard(module.network, init_device_mesh("cpu", (2,)), offloads=True)
+        strategy.model_to_device()
+    assert {weight.device.type for weight in module.parameters()} == {"cpu"}
+    assert {buffer.device.type for buffer in module.buffers()} == {"meta"} and module.device.type == "meta"
 
 
 # Checkpoints
@@ -234,6 +249,21 @@ def test_where_the_disk_is_full_training_goes_on_and_what_was_saved_stays(corpus
     kept = list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
     assert kept and all(sharded_checkpoints.fault(path) is None for path in kept)
     assert max(map(sharded_checkpoints.step_of, kept)) == 9
+
+
+def test_a_rank_that_cannot_read_what_it_wrote_tells_the_others(monkeypatch, tmp_path):
+    """Who would wait for it."""
+    told = []
+
+    def gather(found: list, own: object) -> None:
+        told.append(own)
+        found[:] = [own] * len(found)
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(sharded_checkpoints, "sums_of", Mock(side_effect=OSError("Input/output error")))
+    with pytest.raises(RuntimeError, match="Input/output error"):
+        FSDP2().save_checkpoint({"state_dict": {"weight": torch.ones(2)}}, tmp_path / "last.ckpt")
+    assert "Input/output error" in told[-1]
 
 
 def test_ranks_of_torchrun_agree_on_a_folder_that_nobody_named(corpus, tmp_path, shared_cache):
@@ -365,6 +395,10 @@ SIZES = {"hidden_size": 24, "num_hidden_layers": 1}
             Phi3Config(num_attention_heads=2, vocab_size=9, pad_token_id=0, **SIZES),
             "Phi3Config has colwise_gather_output",
         ),
+        (
+            ApertusConfig(num_attention_heads=2, num_key_value_heads=2, vocab_size=9, pad_token_id=0, **SIZES),
+            "ApertusConfig leaves out layers.*.mlp.act_fn.alpha_p",
+        ),
     ],
 )
 def test_layers_that_cannot_be_split_are_refused(config, told):
@@ -388,3 +422,13 @@ def test_ranks_that_do_not_divide_are_one_line(corpus, tmp_path, shared_cache):
     done = command(tmp_path, *run_of(tmp_path / "run", corpus, **more))
     assert done.returncode == 2
     assert "error: 2 ranks do not divide into groups of 3 of tensor parallel; pass another size" in done.stderr
+
+
+@pytest.mark.parametrize("strategy", ["tp", "fsdp2_tp", "FSDP2TensorParallel"])
+def test_the_scale_of_float16_is_not_for_tensor_parallel(strategy, corpus, capsys):
+    """torch's scaler takes either sharded or whole gradients."""
+    with pytest.raises(SystemExit) as stop:
+        run("fit", **(TOY | {"data.path": corpus, "trainer.strategy": strategy, "trainer.precision": "16-mixed"}))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error == f"error: --trainer.precision 16-mixed does not go with {strategy}; pass bf16-mixed\n"

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import shlex
 import shutil
 import signal
 import struct
@@ -167,7 +168,7 @@ class Recovery(Callback):
             name = signal.Signals(self._leaving).name
             print(
                 f"{name} at step {trainer.global_step}: {path} is written; the same command goes on with "
-                f"--trainer.default_root_dir {trainer.default_root_dir} --ckpt_path last",
+                f"--trainer.default_root_dir {shlex.quote(str(trainer.default_root_dir))} --ckpt_path last",
                 file=sys.stderr,
             )
         launcher = trainer.strategy.launcher

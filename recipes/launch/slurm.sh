@@ -12,7 +12,7 @@
 #SBATCH --signal=TERM@300            # five minutes before that the ranks are told to save and leave
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=runs/slurm-%j.log
+#SBATCH --output=slurm-%j.log
 set -uo pipefail
 
 GPUS=8                               # CHANGE: of a machine
