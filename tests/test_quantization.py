@@ -106,6 +106,18 @@ def test_errors_that_are_passed_on_change_outputs_less():
     assert errors[0] < 0.8 * errors[1]
 
 
+def test_errors_of_a_wide_layer_reach_the_columns_of_later_blocks():
+    generator = torch.Generator().manual_seed(0)
+    weight_RC = torch.randn(16, 320, generator=generator)  # 2.5 blocks
+    inputs_NC = torch.randn(2048, 8, generator=generator) @ torch.randn(8, 320, generator=generator)
+    inputs_NC += 0.05 * torch.randn(2048, 320, generator=generator)
+    errors = [
+        ((codes.values() - weight_RC) @ inputs_NC.T).norm()
+        for codes in (passed_on(weight_RC, inputs_NC.T @ inputs_NC, Grid(4, 32)), nearest(weight_RC, Grid(4, 32)))
+    ]
+    assert errors[0] < 0.2 * errors[1]
+
+
 def test_inputs_that_are_always_zero_do_not_stop_it():
     inputs_NC = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     inputs_NC[:, 5] = 0

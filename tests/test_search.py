@@ -99,6 +99,11 @@ def test_the_space_has_the_whole_and_the_smallest_and_rounds_to_what_can_be():
     assert all(sizes.width == 16 * sizes.heads for sizes in space_for(bert, batches).all())
 
 
+def test_the_layer_that_matters_least_goes_first_in_a_part():
+    space = Space((4, 3, 2), (64,), (96,), (4,), (1, 2), True)
+    assert space.kept_layers(Sizes(3, 64, 96, 4)) == [0, 2, 3] and space.kept_layers(Sizes(2, 64, 96, 4)) == [0, 3]
+
+
 def test_a_step_trains_the_whole_the_smallest_and_some_between():
     class Fake(SuperNetwork):
         def __init__(self, step: int):
