@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import PositiveInt
 
-from lightning_modules.command_line import OneLineParser, fail, one_line_errors
+from lightning_modules.command_line import OneLineParser, fail, one_line_errors, take_flag
 
 if TYPE_CHECKING:
     from lightning_modules.compression.judging import Judged
@@ -108,7 +108,8 @@ def quantize(
         data: Where the text is.
         scheme: int8, int4, int3, int2: the weights alone; int8-dynamic, 8da4w, float8: what layers read is rounded,
             too, to 8 bits a token; minmax: the textbook's linear formula, for study.
-        group_size: Weights that share a scale, below 8 bits. Left out: 32, or fewer that divide all layers.
+        group_size: Weights that share a scale, below 8 bits. Left out: 32, 16 where these do not divide a layer's
+            inputs, or a row.
         rounding: gptq makes up for the error of each weight by those behind it, on text that is read; nearest reads
             none.
         average_bits: Of int4, int3, int2 or 8: as many bits for each layer as it needs, so that all together have so
@@ -238,6 +239,9 @@ def train(
     recipes = Path(__file__).parent
     if parameters is not None:
         model, rest = training.pruned_in_rounds(recipes, model, parameters, rounds, rest)
+    for flag in training.OF_DOCUMENTS:
+        rest, _ = take_flag(flag, rest)
+    rest = training.with_history(model, rest, qat)
     command = training.command(recipes, model, training.Methods(qat, group_size, ends, sparsity), rest)
     print(shlex.join(["python", *command[1:]]), flush=True)
     os.execv(command[0], command)  # which is the run: its signals, ranks and exit code
@@ -264,16 +268,18 @@ def search(
         shares: Of width, of what is inside, and of heads, which are tried; of layers all numbers down to the least.
         trials: Sizes that are tried: all, if they are no more, else those that NSGA-II chooses.
         rows: Of text by which they are measured, 512 tokens each.
-        output: Folder of all that comes of it. Left out: runs/search-DATE.
+        output: Folder of all that comes of it. Left out: beside the model's.
     """
     import subprocess
 
     from lightning_modules.compression import architecture_search as tried
     from lightning_modules.compression import searching
-    from lightning_modules.run_folder import moment
+    from lightning_modules.compression.training import require_same_search
+    from lightning_modules.model_folder import find_folder
 
-    wanted = searching.parsed_target(target)
-    folder = Path(output or f"runs/search-{moment()}")
+    wanted, source = searching.parsed_target(target), find_folder(model)
+    folder = Path(output or f"{source}-search")
+    require_same_search(folder, {"model": source, "shares": list(shares), "rows": rows})
     if not (folder / "ordered" / "config.json").is_file():
         searching.write_ordered(opened(model), folder / "ordered", documents(data, "train"), rows, tuple(shares))
     if not (folder / "super" / "model" / "config.json").is_file():

@@ -22,6 +22,7 @@ from lightning_modules.compression.opened import bytes_of_weights, open_model
 from lightning_modules.compression.packed_folder import read_packed, save_packed
 from lightning_modules.compression.quantization import (
     divergence,
+    fitted,
     log_shares,
     mixed,
     put_in,
@@ -62,9 +63,8 @@ def ids() -> torch.Tensor:
 
 
 def layers_of(made, scheme: str, moments=None, group_size: int = 16):
-    chosen = scheme_named(scheme, group_size)
-    found = quantizable(made)
-    packed = quantized(made, found, dict.fromkeys(found, chosen.grid), chosen.activations, moments or {})
+    chosen, found = scheme_named(scheme), quantizable(made)
+    packed = quantized(made, found, fitted(chosen.grid, found, group_size), chosen.activations, moments or {})
     return packed | quantized_ends(made, 8)
 
 
@@ -233,7 +233,7 @@ def test_the_layers_that_lose_most_get_most_bits(llama):
     layers = quantizable(llama)
     with torch.no_grad():
         llama.model.layers[0].mlp.down_proj.weight.mul_(6)  # what it rounds weighs more
-    steps = [Grid(2, 16), Grid(3, 16), Grid(4, 16), Grid(8)]
+    steps = dict.fromkeys(layers, [Grid(2, 16), Grid(3, 16), Grid(4, 16), Grid(8)])
     batches = [{"input_ids": ids()}]
     lost = sensitivities(llama, layers, steps, {}, batches)
     chosen = mixed(layers, steps, lost, 5.0)
@@ -253,7 +253,7 @@ def test_the_layers_that_lose_most_get_most_bits(llama):
 def test_fewer_bits_than_the_coarsest_grid_has_are_refused(llama):
     layers = quantizable(llama)
     with pytest.raises(ValueError, match="--average_bits 2 is less than the 3.00"):
-        mixed(layers, [Grid(2, 16)], {name: [0.0] for name in layers}, 2.0)
+        mixed(layers, dict.fromkeys(layers, [Grid(2, 16)]), {name: [0.0] for name in layers}, 2.0)
 
 
 # The command

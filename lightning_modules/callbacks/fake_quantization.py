@@ -23,10 +23,9 @@ from lightning_modules.compression.packed_folder import (
     save_packed,
 )
 from lightning_modules.compression.quantization import (
-    Scheme,
     SchemeName,
     ends_of,
-    fitting_group,
+    fitted,
     quantizable,
     scheme_named,
 )
@@ -42,7 +41,8 @@ class FakeQuantization(ChangedWeights):
 
     Args:
         scheme: As of `compress.py quantize`.
-        group_size: Weights that share a scale, below 8 bits. Left out: 32, or fewer that divide all layers.
+        group_size: Weights that share a scale, below 8 bits. Left out: 32, 16 where these do not divide a layer's
+            inputs, or a row.
         ends: Bits of embedding and output head.
         every: Steps after which scales follow the weights.
     """
@@ -54,7 +54,7 @@ class FakeQuantization(ChangedWeights):
         if scheme == "minmax":
             raise ValueError("minmax is for study, and nothing is trained to it; pass int4, int2, 8da4w …")
         self.scheme_name, self.group_size = scheme, group_size
-        self.scheme: Scheme | None = None
+        self.scheme = scheme_named(scheme)
         self.ends, self.every = ends, every
         self.grids: dict[str, Grid] = {}
         """By the name of the module."""
@@ -69,8 +69,7 @@ class FakeQuantization(ChangedWeights):
         super().on_fit_start(trainer, module)
         network, seen = module.network, set()
         layers = quantizable(network)
-        self.scheme = scheme_named(self.scheme_name, fitting_group(layers, self.group_size))
-        grids = dict.fromkeys(layers, self.scheme.grid)
+        grids = fitted(self.scheme.grid, layers, self.group_size)
         if self.ends != 16:
             self.ends_by_name = set(ends_of(network))
             grids |= dict.fromkeys(self.ends_by_name, Grid(self.ends))
@@ -85,7 +84,8 @@ class FakeQuantization(ChangedWeights):
         self._try_to_store(trainer, module)
         if trainer.is_global_zero:
             ends = f"{len(grids) - len(layers)} ends in {self.ends} bits"
-            print(f"quantized  {self.scheme.grid}: {len(layers)} layers; {ends}", flush=True)
+            kinds = "; ".join(str(grid) for grid in dict.fromkeys(grids[name] for name in layers))
+            print(f"quantized  {kinds}: {len(layers)} layers; {ends}", flush=True)
 
     def _try_to_store(self, trainer: Trainer, module: LightningModule) -> None:
         """What cannot be stored or read back is told before anything is trained."""

@@ -10,9 +10,8 @@ from lightning_modules.callbacks.report import Report
 from lightning_modules.compression.quantization import ends_of
 from lightning_modules.compression.reordering import linear_layers
 from lightning_modules.compression.sparsity import kept
+from lightning_modules.compression.training import MANY
 
-MANY = 0.1
-"""Share of a matrix that is zero: more than chance, so meant."""
 LATEST = 0.9
 """Part of a run at which all zeros have to be there, so that a validation sees them."""
 
@@ -37,6 +36,8 @@ class SparseWeights(ChangedWeights):
             raise ValueError(f"SparseWeights: from {begin} to {end} of the run; pass 0 <= begin <= end <= {LATEST}")
         self.sparsity, self.begin, self.end, self.every = sparsity, begin, end, every
         self.is_kept: dict[str, Tensor] = {}
+        self.was_kept: dict[str, Tensor] = {}
+        """At the beginning of the run: what was zero then stays so."""
         self._steps = 0
         self._is_done = False
 
@@ -54,10 +55,16 @@ class SparseWeights(ChangedWeights):
             raise ValueError("the model has no zeros to keep; prune it with --method wanda, or pass a sparsity")
         if not self.is_kept:
             self.is_kept = {name: module.network.get_parameter(name).detach() != 0 for name in names}
+            self.was_kept = dict(self.is_kept)
+        least = min(float(mask.float().mean()) for mask in self.was_kept.values())
+        if self.sparsity is not None and 1 - self.sparsity > least + 0.01:
+            raise ValueError(f"SparseWeights: {1 - least:.0%} of a matrix is zero already; pass a sparsity above that")
 
     def adapt(self, module: LightningModule, exact: dict[str, Tensor]) -> None:
         self._steps += 1
-        if self.sparsity is not None and not self._is_done and self._steps % self.every == 0:
+        if self.sparsity is None or self._is_done:
+            return
+        if self._steps % self.every == 0 or module.progress() >= self.end:
             self._choose(module.progress(), exact)
             forget_the_best(module.trainer)
 
@@ -70,15 +77,22 @@ class SparseWeights(ChangedWeights):
         place = min(1.0, max(0.0, (progress - self.begin) / max(self.end - self.begin, 1e-9)))
         self._is_done = place == 1.0
         share = self.sparsity * (1 - (1 - place) ** 3)
-        for name in self.is_kept:
-            self.is_kept[name] = kept(exact[name], share, "unstructured")
+        for name, was_kept in self.was_kept.items():
+            before = 1 - float(was_kept.float().mean())
+            self.is_kept[name] = kept(exact[name] * was_kept, max(share, before), "unstructured") & was_kept
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"is_kept": self.is_kept, "steps": self._steps, "is_done": self._is_done}
+        return super().state_dict() | {
+            "is_kept": self.is_kept,
+            "was_kept": self.was_kept,
+            "steps": self._steps,
+            "is_done": self._is_done,
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         self.is_kept, self._steps = dict(state_dict["is_kept"]), state_dict["steps"]
+        self.was_kept = dict(state_dict["was_kept"])
         self._is_done = state_dict["is_done"]
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:

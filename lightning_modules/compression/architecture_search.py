@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,10 +50,14 @@ class Trials:
         space: Its sizes.
         auto_class: Of its networks.
         batches: Held-out text.
+        mask_id: Of encoders, what stands for a masked token.
     """
 
-    def __init__(self, network: PreTrainedModel, space: Space, auto_class: type, batches: list[Batch]):
+    def __init__(
+        self, network: PreTrainedModel, space: Space, auto_class: type, batches: list[Batch], mask_id: int | None = None
+    ):
         self.network, self.space, self.auto_class, self.batches = network, space, auto_class, batches
+        self.mask_id = mask_id or 0
         self.found: dict[Sizes, Point] = {}
         self._whole = parameter_count(network)
 
@@ -66,8 +71,9 @@ class Trials:
         if sizes not in self.found:
             part = self.part(sizes)
             with part.filled() as small:
-                nats = nats_per_token(small, self.batches)
-                latency = ratio_of_times(lambda: small(**self._row), lambda: self.network(**self._row))
+                nats = nats_per_token(small, self.batches, self.mask_id)
+                calls = (partial(small, **self._row), partial(self.network, **self._row))
+                latency = 1.0 if sizes == self.space.largest else ratio_of_times(*calls)
             share = parameter_count(part.network) / self._whole
             self.found[sizes] = Point(sizes, nats, share, latency)
         return self.found[sizes]
@@ -77,13 +83,17 @@ class Trials:
         return {name: value[:1] for name, value in self.batches[0].items()}
 
 
-def nats_per_token(network: PreTrainedModel, batches: list[Batch]) -> float:
-    """Of the next token; of encoder-decoders the decoder's; of encoders each token itself, which ranks sizes alike."""
+def nats_per_token(network: PreTrainedModel, batches: list[Batch], mask_id: int) -> float:
+    """Of the next token; of encoder-decoders the decoder's; of encoders one of seven tokens, which are masked."""
     total, count = 0.0, 0
     for batch in batches:
         ids = batch.get("decoder_input_ids", batch["input_ids"])
-        shift = 1 if network.can_generate() else 0
-        logits, labels = network(**batch).logits[:, : ids.shape[1] - shift].float(), ids[:, shift:]
+        if network.can_generate():
+            logits, labels = network(**batch).logits[:, :-1].float(), ids[:, 1:]
+        else:
+            hidden = torch.arange(ids.shape[1], device=ids.device) % 7 == 3
+            read = batch | {"input_ids": ids.masked_fill(hidden, mask_id)}
+            logits, labels = network(**read).logits[:, hidden].float(), ids[:, hidden]
         total += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
         count += labels.numel()
     return total / count

@@ -32,7 +32,9 @@ def calibration_batches(
     batches = []
     for length in sorted({len(ids) for ids in found}):
         ids_NT = torch.tensor([ids for ids in found if len(ids) == length])
-        batches += [_inputs(network, ids_BT) for ids_BT in ids_NT.split(BATCH_ROWS)]
+        # A model of labels that has no padding looks for the end of one row alone.
+        apart = not decodes and network.config.pad_token_id is None and network.get_output_embeddings() is None
+        batches += [_inputs(network, ids_BT) for ids_BT in ids_NT.split(1 if apart else BATCH_ROWS)]
     return batches
 
 

@@ -114,10 +114,11 @@ def passed_on(weight_RC: Tensor, moments_CC: Tensor, grid: Grid, dtype=torch.bfl
     upper_CC = torch.linalg.cholesky(inverse_CC, upper=True)
     R, C = left_RC.shape
     size = grid.group_size or C
+    block = size if size > BLOCK else BLOCK // size * size  # what a scale is chosen of has met all errors before it
     codes_RC = torch.empty(R, C, dtype=FLOAT8 if grid.kind == "float" else torch.int8)
     scales = []
-    for start in range(0, C, BLOCK):
-        end = min(start + BLOCK, C)
+    for start in range(0, C, block):
+        end = min(start + block, C)
         errors_RB = torch.empty(R, end - start, dtype=torch.float64)
         for column in range(start, end):
             if column % size == 0:

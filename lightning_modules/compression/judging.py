@@ -20,6 +20,8 @@ from lightning_modules.likelihood import BATCH_TOKENS, Row, Scorer, batches_by_l
 from lightning_modules.model_folder import max_positions
 
 RESAMPLINGS = 2000
+FEWEST = 6
+"""Documents that an interval can be drawn from."""
 TIMES = 15
 WARM = 3
 PROMPT_TOKENS = 128
@@ -155,7 +157,7 @@ def judge(models: dict[str, Opened], documents: list[str]) -> list[Judged]:
     times, found, reference = latencies(models), [], next(iter(scored.values()))
     for name, opened in models.items():
         is_other = scored[name] is not None and scored[name] is not reference
-        excess = interval_of_excess(scored[name], reference) if is_other else None
+        excess = interval_of_excess(scored[name], reference) if is_other and len(documents) >= FEWEST else None
         size, memory = bytes_of_weights(opened.folder), opened.bytes_in_memory()
         count = parameter_count(opened.network)
         found.append(Judged(name, count, count - zeros[name], size, memory, scored[name], excess, *times[name]))
@@ -173,7 +175,7 @@ def table(found: list[Judged]) -> str:
         row = [judged.name, f"{judged.nonzero:,} of {count}" if few else count]
         row += [bytes_of(judged.bytes), f"{judged.bytes / first.bytes:.3f}", bytes_of(judged.memory)]
         row += ["", ""] if scored is None else [f"{scored.nats_per_token:.4f}", f"{scored.bits_per_byte:.4f}"]
-        row += ["" if judged.excess is None else excess_in_words(judged, first)]
+        row += ["" if scored is None or judged is first else excess_in_words(judged, first)]
         row += [f"{judged.prompt_ms:.1f}", "" if judged.token_ms is None else f"{judged.token_ms:.2f}"]
         row += [f"{(judged.token_ms or judged.prompt_ms) / (first.token_ms or first.prompt_ms):.2f}"]
         rows.append(row)
@@ -230,4 +232,6 @@ def short_name(folder: str) -> str:
 
 def excess_in_words(judged: Judged, first: Judged) -> str:
     more = 100 * (judged.scored.nats_D.sum() / first.scored.nats_D.sum() - 1)
+    if judged.excess is None:
+        return f"{more:+.2f} %, of few documents"
     return f"{more:+.2f} % ({judged.excess[0]:+.2f} to {judged.excess[1]:+.2f})"

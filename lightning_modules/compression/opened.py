@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from lightning_modules.checkpoint_io import replace_folder
 from lightning_modules.compression.packed_folder import is_packed, read_packed
@@ -82,8 +82,20 @@ def open_model(
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the weights of {folder} cannot be read ({reason}); copy or download them again") from None
-    stored = getattr(torch, str(config.dtype or dtype).removeprefix("torch."))
+    if not Path(folder).is_dir():  # a Hub name's, in transformers' cache
+        folder = str(Path(cached_file(folder, "config.json", **where)).parent)
+    stored = getattr(torch, str(config.dtype or dtype_on_disk(folder) or dtype).removeprefix("torch."))
     return Opened(folder, auto_class, network.eval(), load_tokenizer(folder, **where), stored, is_packed(config))
+
+
+def dtype_on_disk(folder: str) -> torch.dtype | None:
+    """Of the first floating-point weight, where a config does not say it."""
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                if (tensor := opened.get_tensor(name)).is_floating_point():
+                    return tensor.dtype
+    return None
 
 
 def require_dense(opened: Opened, flag: str = "--model") -> None:
@@ -94,13 +106,23 @@ def require_dense(opened: Opened, flag: str = "--model") -> None:
 
 def done_so_far(folder: str) -> dict[str, object]:
     """{"source": the model that all began with, "steps": [what was done]}"""
-    file = Path(folder) / ABOUT
-    return json.loads(file.read_text()) if file.is_file() else {"source": folder, "steps": []}
+    for file in (Path(folder) / ABOUT, Path(folder).parent / ABOUT):  # of a run, beside its model
+        try:
+            found = json.loads(file.read_text())
+            return {"source": str(found["source"]), "steps": list(found["steps"])}
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{file} is damaged; remove it") from None
+    return {"source": folder, "steps": []}
 
 
 def output_folder(asked: str | None, model: str, name: str, overwrite: bool) -> Path:
     """Where the result goes: beside the model, if nothing else is asked for. Raises FileExistsError."""
-    folder = Path(asked) if asked else Path(find_folder(model)).with_name(f"{Path(find_folder(model)).name}-{name}")
+    source = Path(find_folder(model))
+    folder = Path(asked).absolute() if asked else source.with_name(f"{source.name}-{name}")
+    if folder.absolute() in (source.absolute(), *source.absolute().parents):
+        raise ValueError(f"--output {asked} holds the model itself; pass another")
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; pass another --output, or --overwrite")
     return folder
@@ -124,5 +146,5 @@ def written_whole(folder: Path, opened: Opened, step: dict[str, object]) -> Iter
 
 
 def bytes_of_weights(folder: str | Path) -> int:
-    files = (file for kind in ("*.safetensors", "*.onnx", "*.onnx.data") for file in Path(folder).glob(kind))
-    return sum(file.stat().st_size for file in files)
+    kinds = ("*.safetensors", "*.onnx", "*.onnx.data", "pytorch_model*.bin")
+    return sum(file.stat().st_size for kind in kinds for file in Path(folder).glob(kind))

@@ -5,6 +5,7 @@ the textbook's linear quantization makes has no place in it and is kept in a way
 """
 
 import json
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ from lightning_modules.compression.grids import Codes, Grid, from_minmax
 
 Activations = Literal["int8", "int8-asymmetric", "float8"]
 """How the inputs of layers are rounded, each token with a scale of its own."""
+LAYER_NAME = re.compile(r"[a-z]\w*(\.\w+)*$")
+"""What is written here names layers; others name kinds of them, such as Linear, or patterns."""
 MINMAX = "minmax"
 """The quant_method of a folder that only this library reads."""
 
@@ -151,7 +154,10 @@ def is_packed(config: PreTrainedConfig) -> bool:
     """Whether a folder's weights are of one of the formats here."""
     found = getattr(config, "quantization_config", None)
     found = found if isinstance(found, dict) or found is None else found.to_dict()
-    return found is not None and found.get("quant_method") in ("compressed-tensors", MINMAX)
+    if found is None or found.get("quant_method") not in ("compressed-tensors", MINMAX):
+        return False
+    groups = (found.get("config_groups") or {}).values()
+    return all(LAYER_NAME.match(name) for group in groups for name in group["targets"])  # others are transformers'
 
 
 def read_packed(auto_class: type, folder: str, dtype: torch.dtype | Literal["auto"] = "auto") -> PreTrainedModel:
@@ -163,10 +169,10 @@ def read_packed(auto_class: type, folder: str, dtype: torch.dtype | Literal["aut
     if about["quant_method"] == MINMAX:
         rounded = {}
         for name, bits in about["bits"].items():
-            parts = [state.pop(f"{name}.{key}") for key in ("codes", "shape", "low", "high")]
+            parts = [_taken(state, f"{name}.{key}", folder) for key in ("codes", "shape", "low", "high")]
             state[f"{name}.weight"] = _minmax_values(*parts, bits)
     else:
-        rounded = _unpack(state, about)
+        rounded = _unpack(state, about, folder)
     stored = getattr(torch, str(config.dtype or "bfloat16").removeprefix("torch."))
     settings = {"dtype": stored if dtype == "auto" else dtype, "output_loading_info": True}
     network, info = auto_class._model_mapping[type(config)].from_pretrained(
@@ -187,7 +193,13 @@ def _state(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def _unpack(state: dict[str, Tensor], about: dict[str, object]) -> dict[str, Activations]:
+def _taken(state: dict[str, Tensor], name: str, folder: str) -> Tensor:
+    if name not in state:
+        raise ValueError(f"{folder} lacks {name}; copy it again")
+    return state.pop(name)
+
+
+def _unpack(state: dict[str, Tensor], about: dict[str, object], folder: str) -> dict[str, Activations]:
     """Replaces codes by what they stand for, in place; returns the layers that round what they read."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
@@ -197,9 +209,9 @@ def _unpack(state: dict[str, Tensor], about: dict[str, object]) -> dict[str, Act
         for name in group["targets"]:
             if inputs is not None:
                 rounded[name] = next(kind for kind, args in OF_ACTIVATIONS.items() if _says(inputs, args))
-            scales_RG = state.pop(f"{name}.weight_scale")
+            scales_RG = _taken(state, f"{name}.weight_scale", folder)
             if (packed := state.pop(f"{name}.weight_packed", None)) is not None:
-                shape = state.pop(f"{name}.weight_shape")
+                shape = _taken(state, f"{name}.weight_shape", folder)
                 state[f"{name}.weight"] = unpack_from_int32(packed, group["weights"]["num_bits"], torch.Size(shape))
             if f"{name}.weight" not in state:  # tied to another, that is there
                 continue

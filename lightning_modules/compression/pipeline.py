@@ -14,6 +14,7 @@ from lightning_modules.compression.training import keep_history
 from lightning_modules.model_folder import find_folder
 
 VERBS = ("prune", "train", "quantize", "search", "export", "report")
+OF_DOCUMENTS = ("data.separator", "data.max_val_documents")
 SOURCE = "source"
 """What all begins with, by the name that nodes know it by."""
 
@@ -39,7 +40,10 @@ def read_nodes(file: Path) -> tuple[dict[str, object], list[Node]]:
         raise ValueError(f"--config {file} has no nodes; see recipes/compress_pipeline.yaml")
     nodes: list[Node] = []
     for name, settings in content.pop("nodes").items():
-        settings = dict(settings or {})
+        name = str(name)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{file}: {name} is no mapping; write {{verb: prune, …}}")
+        settings = dict(settings)
         verb, models = settings.pop("verb", None), settings.pop("model", SOURCE)
         if verb not in VERBS:
             raise ValueError(f"{file}: {name} has the verb {verb}; pass one of {', '.join(VERBS)}")
@@ -74,7 +78,7 @@ class Pipeline:
             command, left = self.command(node)
             done = self.output / f"{node.name}.done.json"
             about = {"command": command[1:]}
-            if done.is_file():
+            if done.is_file() and left.exists():
                 if json.loads(done.read_text()) != about:
                     raise ValueError(
                         f"{done} is of another command than this node's; remove it with what follows on it, or pass "
@@ -110,6 +114,8 @@ class Pipeline:
             words += ["--overwrite=true"] if node.verb in ("prune", "quantize") else []
         left = folder / "chosen" if node.verb == "search" else left
         flags = {} if node.verb == "export" else {f"data.{name}": value for name, value in self.texts.items()}
+        if node.verb == "train":  # which reads rows of text, not documents
+            flags = {name: value for name, value in flags.items() if name not in OF_DOCUMENTS}
         flags |= node.flags
         return words + [f"--{name}={as_word(value)}" for name, value in flags.items() if value is not None], left
 

@@ -7,7 +7,7 @@ from lightning_modules.compression.quantization import ends_of
 from lightning_modules.compression.reordering import linear_layers
 from lightning_modules.compression.sizes import Sizes, sizes_of, smaller_config
 from lightning_modules.compression.sparsity import Pattern, require_fours, sparsify
-from lightning_modules.compression.words import named
+from lightning_modules.compression.words import left_of, named
 
 TRIED = 2
 """Batches of calibration by which sizes are tried."""
@@ -44,7 +44,8 @@ def require_one_way(
 def fewer_words(source: Opened, size: int, texts: list[str]) -> dict[str, object]:
     """In place; what it is now."""
     tokenizer, network = source.tokenizer, source.network
-    kept = vocabulary.kept_ids(tokenizer, vocabulary.counted(tokenizer, texts), size)
+    counts, named_ids = vocabulary.counted(tokenizer, texts), vocabulary.ids_named_by(network)
+    kept = vocabulary.kept_ids(tokenizer, counts, size, named_ids)
     before = sum(len(tokenizer(text, verbose=False)["input_ids"]) for text in texts)
     source.tokenizer = vocabulary.smaller_tokenizer(tokenizer, kept)
     source.network = vocabulary.smaller_network(network, kept, source.auto_class)
@@ -62,11 +63,12 @@ def smaller(source: Opened, batches: list[Batch], parameters: float | None, size
         print(f"tried  the sizes that leave {parameters:.0%}: these move it by {nats:.3f} nats a token, the least")
     depth = chosen.layers or before.layers
     smaller_config(network, chosen, list(range(depth)))  # what cannot be is told at once
-    worth = structured.worth_of(network, batches, depth)
+    worth = structured.worth_of(network, batches, depth, chosen.only_layers)
     source.network, kept = structured.pruned(network, chosen, worth, source.auto_class)
     after = sizes_of(source.network.config)
-    for name in ("layers", "width", "inner", "heads"):
-        one, other = getattr(before, name), getattr(after, name)
+    for name, one in vars(before).items():
+        if (other := getattr(after, name)) is None:
+            continue
         more = f" (numbers {', '.join(map(str, kept))})" if name == "layers" and one != other else ""
         print(f"{name:<7}{one:,} → {other:,}{more}" if one != other else f"{name:<7}{one:,}")
     return {"sizes": vars(after), "layers": kept}
@@ -89,4 +91,6 @@ def sparser(
     moments = input_moments(source.network, layers, batches) if method == "wanda" else {}
     zero, of = sparsify(layers, sparsity, pattern, moments)
     print(f"zero   {zero:,} of {of:,} weights ({100 * zero / of:.2f} %) in {named(list(layers))}")
+    if left := left_of(source.network, layers):
+        print(f"left   {left}")
     return {"sparsity": zero / of, "pattern": pattern, "sparse": list(layers)}

@@ -1,6 +1,6 @@
 """Which layers of a model get how few bits, and what they lose by it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,7 +12,8 @@ from lightning_modules.compression.calibration import Batch
 from lightning_modules.compression.grids import Grid, minmax, nearest, passed_on
 from lightning_modules.compression.packed_folder import Activations, Layers, Minmax, PackedLayer
 
-GROUPS = (32, 16, 8, 4, 2, 1)
+GROUPS = (32, 16)
+"""Weights that share a scale, where nothing else is asked for."""
 SchemeName = Literal["int8", "int8-dynamic", "int4", "int3", "int2", "8da4w", "float8", "minmax"]
 Rounding = Literal["gptq", "nearest"]
 
@@ -25,15 +26,15 @@ class Scheme:
     """Of embedding and head."""
 
 
-def scheme_named(name: SchemeName, group_size: int) -> Scheme:
-    """Of `minmax` the grid says the bits alone."""
+def scheme_named(name: SchemeName) -> Scheme:
+    """With a scale for each row, until layers are known."""
     if name == "float8":
         return Scheme(Grid(8, None, "float"), "float8")
     if name.startswith("int8"):
         return Scheme(Grid(8), "int8" if name == "int8-dynamic" else None)
     if name == "8da4w":
-        return Scheme(Grid(4, group_size), "int8-asymmetric")
-    return Scheme(Grid(int(name.removeprefix("int")), group_size))
+        return Scheme(Grid(4), "int8-asymmetric")
+    return Scheme(Grid(int(name.removeprefix("int"))))
 
 
 def quantizable(network: PreTrainedModel, skip: tuple[str, ...] = ()) -> dict[str, nn.Module]:
@@ -47,10 +48,14 @@ def quantizable(network: PreTrainedModel, skip: tuple[str, ...] = ()) -> dict[st
             "take --scheme minmax, or recipes/export.py --format onnx-int8 or gguf"
         )
     ends = {id(module) for module in ends_of(network).values()}
+    inside = "" if network.get_output_embeddings() is not None else f"{network.base_model_prefix}."
     found = {
         name: module
         for name, module in network.named_modules()
-        if isinstance(module, nn.Linear) and id(module) not in ends and not any(part in name for part in skip)
+        if isinstance(module, nn.Linear)
+        and id(module) not in ends
+        and name.startswith(inside)  # of a model of labels its small head stays
+        and not any(part in name for part in skip)
     }
     if not found:
         raise ValueError(f"{type(network).__name__} has no linear layer left to quantize; pass another --skip")
@@ -64,22 +69,20 @@ def ends_of(network: PreTrainedModel) -> dict[str, nn.Module]:
     return {names[id(end)]: end for end in ends if isinstance(end, nn.Linear | nn.Embedding)}
 
 
-def fitting_group(layers: dict[str, nn.Module], asked: int | None) -> int:
-    """Weights that share a scale: as asked for, or at most 32 that divide the inputs of every layer. Raises ValueError
-    for what does not."""
-    if asked is not None:
-        require_groups(layers, Grid(4, asked))
-        return asked
-    return next(size for size in GROUPS if all(layer.weight.shape[1] % size == 0 for layer in layers.values()))
-
-
-def require_groups(layers: dict[str, nn.Module], grid: Grid) -> None:
-    size = grid.group_size
+def fitted(grid: Grid, layers: dict[str, nn.Module], group_size: int | None) -> dict[str, Grid]:
+    """For each layer the grid in groups of as many weights as asked for; else of 32, of 16 where these do not divide
+    its inputs, or of a row. Raises ValueError for what was asked for and does not divide."""
+    found = {}
     for name, layer in layers.items():
-        if size and layer.weight.shape[1] % size:
+        inputs = layer.weight.shape[1]
+        if group_size is not None and inputs % group_size:
             raise ValueError(
-                f"--group_size {size} does not divide the {layer.weight.shape[1]} inputs of {name}; pass one that does"
+                f"--group_size {group_size} does not divide the {inputs} inputs of {name}; pass one that does, or "
+                "leave it out"
             )
+        fitting = group_size or next((size for size in GROUPS if inputs % size == 0), None)
+        found[name] = grid if grid.bits == 8 else replace(grid, group_size=fitting)
+    return found
 
 
 @torch.no_grad()
@@ -157,15 +160,29 @@ def divergence(network: PreTrainedModel, batches: list[Batch], exact: list[Tenso
     return total / count
 
 
+def require_bits(layers: dict[str, nn.Module], grids: dict[str, list[Grid]], average_bits: float) -> None:
+    """Raises ValueError for fewer bits than the coarsest grids have."""
+    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    coarsest = (size * grids[name][0].bits_of(layers[name].weight.shape[1]) for name, size in sizes.items())
+    if average_bits < (least := sum(coarsest) / sum(sizes.values())):
+        raise ValueError(
+            f"--average_bits {average_bits:g} is less than the {least:.2f} of the coarsest grid; pass more"
+        )
+
+
 @torch.no_grad()
 def sensitivities(
-    network: PreTrainedModel, layers: dict[str, nn.Module], grids: list[Grid], moments: dict[str, Tensor], batches
+    network: PreTrainedModel,
+    layers: dict[str, nn.Module],
+    grids: dict[str, list[Grid]],
+    moments: dict[str, Tensor],
+    batches: list[Batch],
 ) -> dict[str, list[float]]:
     """For each layer, and each grid, the divergence that comes of it alone."""
     exact, found = log_shares(network, batches), {}
     for name, layer in layers.items():
         before, found[name] = layer.weight.detach().clone(), []
-        for grid in grids:
+        for grid in grids[name]:
             put_in(network, quantized(network, {name: layer}, {name: grid}, None, moments))
             found[name].append(divergence(network, batches, exact))
             layer.weight.copy_(before)
@@ -173,27 +190,23 @@ def sensitivities(
 
 
 def mixed(
-    layers: dict[str, nn.Module], grids: list[Grid], lost: dict[str, list[float]], average_bits: float
+    layers: dict[str, nn.Module], grids: dict[str, list[Grid]], lost: dict[str, list[float]], average_bits: float
 ) -> dict[str, Grid]:
     """A grid for each layer, with the least sum of divergences at so many bits a weight: from the fewest bits, the
     step up that gains most for its bits, until no further one fits. `grids` go from few bits to many."""
+    require_bits(layers, grids, average_bits)
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
-    bits = {name: [grid.bits_of(layer.weight.shape[1]) for grid in grids] for name, layer in layers.items()}
+    bits = {name: [grid.bits_of(layer.weight.shape[1]) for grid in grids[name]] for name, layer in layers.items()}
     chosen = dict.fromkeys(layers, 0)
     left = average_bits * sum(sizes.values()) - sum(sizes[name] * bits[name][0] for name in layers)
-    if left < 0:
-        least = sum(sizes[name] * bits[name][0] for name in layers) / sum(sizes.values())
-        raise ValueError(
-            f"--average_bits {average_bits:g} is less than the {least:.2f} of the coarsest grid; pass more"
-        )
     while True:
         steps = []
         for name, now in chosen.items():
-            for to in range(now + 1, len(grids)):
+            for to in range(now + 1, len(grids[name])):
                 cost = sizes[name] * (bits[name][to] - bits[name][now])
                 if cost <= left:
                     steps.append(((lost[name][now] - lost[name][to]) / cost, name, to, cost))
         if not steps or max(steps)[0] <= 0:
-            return {name: grids[place] for name, place in chosen.items()}
+            return {name: grids[name][place] for name, place in chosen.items()}
         _, name, to, cost = max(steps)
         chosen[name], left = to, left - cost

@@ -9,16 +9,17 @@ from lightning_modules.compression.packed_folder import Layers
 from lightning_modules.compression.quantization import (
     Rounding,
     SchemeName,
-    fitting_group,
+    fitted,
     mixed,
     quantizable,
     quantized,
     quantized_ends,
     quantized_minmax,
+    require_bits,
     scheme_named,
     sensitivities,
 )
-from lightning_modules.compression.words import named
+from lightning_modules.compression.words import left_of, named
 
 SENSED = 2
 """Batches of calibration by which the sensitivity of layers is measured."""
@@ -27,7 +28,9 @@ SENSED = 2
 def minmax_layers(source: Opened, bits: int, per: Literal["tensor", "channel"]) -> tuple[Layers, list[str]]:
     """The textbook's formula for every matrix, and rows that say so."""
     layers = quantized_minmax(source.network, bits, per)
-    return layers, [f"{bits} bits between the least and the largest of a {per}: {named(list(layers))}"]
+    left = left_of(source.network, layers)
+    told = [f"{bits} bits between the least and the largest of a {per}: {named(list(layers))}"]
+    return layers, told + ([f"left: {left}"] if left else [])
 
 
 def grid_layers(
@@ -44,13 +47,15 @@ def grid_layers(
     """The layers of a scheme, and rows that say which they are; `texts` is empty where none is needed."""
     network = source.network
     found = quantizable(network, skip)
-    group_size = fitting_group(found, group_size)
-    chosen = scheme_named(scheme, group_size)
+    chosen = scheme_named(scheme)
+    grids = fitted(chosen.grid, found, group_size)
+    if average_bits is not None:
+        by_bits = [fitted(Grid(bits), found, group_size) for bits in (2, 3, 4, 8)]
+        steps = {name: [of_bits[name] for of_bits in by_bits] for name in found}
+        require_bits(found, steps, average_bits)
     batches = calibration_batches(network, source.tokenizer, texts, rows) if texts else []
     moments = input_moments(network, found, batches) if rounding == "gptq" else {}
-    grids = dict.fromkeys(found, chosen.grid)
     if average_bits is not None:
-        steps = [Grid(2, group_size), Grid(3, group_size), Grid(4, group_size), Grid(8)]
         lost = sensitivities(network, found, steps, moments, batches[:SENSED])
         grids = mixed(found, steps, lost, average_bits)
     layers = quantized(network, found, grids, chosen.activations, moments)

@@ -75,7 +75,8 @@ def measured(folder: Path, documents: list[str], rows: int) -> tried.Trials:
     """What measures sizes of the trained super-network on held-out text."""
     trained = folders.open_model(str(folder / "super"))
     batches = calibration_batches(trained.network, trained.tokenizer, documents, rows)
-    return tried.Trials(trained.network, Space.read(folder / "ordered"), trained.auto_class, batches)
+    space, mask_id = Space.read(folder / "ordered"), trained.tokenizer.mask_token_id
+    return tried.Trials(trained.network, space, trained.auto_class, batches, mask_id)
 
 
 def tell(trials: tried.Trials, points: list[tried.Point], budget: int, folder: Path) -> None:
@@ -92,7 +93,8 @@ def tell(trials: tried.Trials, points: list[tried.Point], budget: int, folder: P
     drawn = [trials(sizes) for sizes in tried.at_random(space, min(budget, len(points)), seed=1)]
     worst = max(p.nats for p in [*points, *drawn]), max(p.latency for p in [*points, *drawn])
     volumes = [tried.hypervolume(some, worst) for some in (points, drawn)]
-    print(f"\nas many at random: {volumes[1] / volumes[0]:.3f} of the volume under the front of loss and latency")
+    if volumes[0]:
+        print(f"\nas many at random: {volumes[1] / volumes[0]:.3f} of the volume under the front of loss and latency")
     tried.save(points, folder / "points.json")
     tried.save(uniform, folder / "uniform.json")
 

@@ -23,15 +23,21 @@ class Sizes:
     heads: int | None = None
     """Of queries; those of keys and values follow."""
 
+    @property
+    def only_layers(self) -> bool:
+        return self.width is None and self.inner is None and self.heads is None
 
-def inner_field(config: PreTrainedConfig) -> str:
-    return next(name for name in INNER if name in config.to_dict())
+
+def inner_field(config: PreTrainedConfig) -> str | None:
+    return next((name for name in INNER if name in config.to_dict()), None)
 
 
 def sizes_of(config: PreTrainedConfig) -> Sizes:
+    """None for what a config does not say."""
     text = config.get_text_config()
-    inner = getattr(text, inner_field(text)) or 4 * text.hidden_size  # GPT-2's, left out
-    return Sizes(text.num_hidden_layers, text.hidden_size, inner, text.num_attention_heads)
+    name = inner_field(text)
+    inner = None if name is None else getattr(text, name) or 4 * text.hidden_size  # GPT-2's, left out
+    return Sizes(text.num_hidden_layers, text.hidden_size, inner, getattr(text, "num_attention_heads", None))
 
 
 def smaller_config(
@@ -39,12 +45,15 @@ def smaller_config(
 ) -> tuple[PreTrainedConfig, PartOfTeacher]:
     """Raises ValueError for sizes that are no part of the network's."""
     config, now = network.config, sizes_of(network.config)
-    if sizes.width or sizes.inner or sizes.heads:
+    if not sizes.only_layers:
         require_parts(config)
     for name in ("layers", "width", "inner", "heads"):
         asked, there = getattr(sizes, name), getattr(now, name)
         if asked is not None and not 0 < asked <= there:
             raise ValueError(f"--{name} {asked}: the model has {there}; pass 1 to {there}")
+    if sizes.only_layers:
+        part = PartOfTeacher(kept_layers)
+        return part.config(config), part
     queries, shared = heads_of(config)
     heads = sizes.heads or queries
     if heads % (queries // shared):
@@ -110,7 +119,7 @@ def _refuses_to_divide(kind: type[PreTrainedConfig]) -> bool:
     return False
 
 
-def rounded(size: float) -> int:
-    """To what later divides into groups of weights that share a scale, and what processors read at once."""
-    step = 32 if size >= 128 else 8
-    return max(step, round(size / step) * step)
+def part_of_size(size: int, share: float) -> int:
+    """Rounded to what later divides into groups of weights that share a scale, and what processors read at once."""
+    step = 32 if share * size >= 128 else 8
+    return size if share == 1 else min(size, max(step, round(share * size / step) * step))

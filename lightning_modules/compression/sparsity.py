@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 Pattern = Literal["unstructured", "2:4"]
 
@@ -24,7 +25,8 @@ def kept(weight_RC: Tensor, sparsity: float, pattern: Pattern, moments_CC: Tenso
         return largest(worth_RC.unflatten(1, (-1, 4)), 2).flatten(1)
     if moments_CC is not None:
         return largest(worth_RC, worth_RC.shape[1] - round(sparsity * worth_RC.shape[1]))
-    return largest(worth_RC.flatten(), worth_RC.numel() - round(sparsity * worth_RC.numel())).view_as(weight_RC)
+    count = worth_RC.numel() - round(sparsity * worth_RC.numel())
+    return largest(worth_RC.flatten(), count).view(worth_RC.shape)
 
 
 def largest(worth: Tensor, count: int) -> Tensor:
@@ -35,8 +37,13 @@ def largest(worth: Tensor, count: int) -> Tensor:
 
 def require_fours(layers: dict[str, nn.Module]) -> None:
     for name, layer in layers.items():
-        if layer.weight.shape[1] % 4:
-            raise ValueError(f"--pattern 2:4: the {layer.weight.shape[1]} inputs of {name} do not divide by 4")
+        if (inputs := by_outputs(layer).shape[1]) % 4:
+            raise ValueError(f"--pattern 2:4: the {inputs} inputs of {name} do not divide by 4")
+
+
+def by_outputs(layer: nn.Module) -> Tensor:
+    """(R, C), a view: GPT-2's layers have their weights the other way round."""
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
 @torch.no_grad()
@@ -46,7 +53,8 @@ def sparsify(
     """In place; returns how many weights are zero now, of how many."""
     zero = of = 0
     for name, layer in layers.items():
-        layer.weight.mul_(kept(layer.weight, sparsity, pattern, moments.get(name)))
+        weight_RC = by_outputs(layer)
+        weight_RC.mul_(kept(weight_RC, sparsity, pattern, moments.get(name)))
         zero += int((layer.weight == 0).sum())
         of += layer.weight.numel()
     return zero, of

@@ -22,7 +22,8 @@ from lightning_modules.compression.reordering import SHARED_BIAS, orders, reorde
 from lightning_modules.compression.sizes import (
     Sizes,
     has_own_head_size,
-    rounded,
+    part_of_size,
+    require_parts,
     sizes_of,
     smaller_config,
     width_must_divide,
@@ -89,9 +90,10 @@ class Worth:
     layers_least_first: list[int]
 
 
-def worth_of(network: PreTrainedModel, batches: list[Batch], depth: int) -> Worth:
+def worth_of(network: PreTrainedModel, batches: list[Batch], depth: int, only_layers: bool = False) -> Worth:
     """With the layers of which some are to go, until `depth` are left."""
-    return Worth(orders(network, batches), least_first(network, batches, sizes_of(network.config).layers - depth))
+    gone = least_first(network, batches, sizes_of(network.config).layers - depth)
+    return Worth({} if only_layers else orders(network, batches), gone)
 
 
 def pruned(network: PreTrainedModel, sizes: Sizes, worth: Worth, auto_class: type) -> tuple[PreTrainedModel, list[int]]:
@@ -100,7 +102,8 @@ def pruned(network: PreTrainedModel, sizes: Sizes, worth: Worth, auto_class: typ
     gone = worth.layers_least_first[: now - (sizes.layers or now)]
     kept = [number for number in range(now) if number not in gone]
     config, part = smaller_config(network, sizes, kept)
-    reorder(network, worth.orders)
+    if worth.orders:
+        reorder(network, worth.orders)
     small = auto_class.from_config(config, dtype=network.dtype).eval()
     part.fill(small, network)
     if small.can_generate():
@@ -110,6 +113,7 @@ def pruned(network: PreTrainedModel, sizes: Sizes, worth: Worth, auto_class: typ
 
 def candidates(network: PreTrainedModel, share: float) -> list[Sizes]:
     """Sizes that leave about this share of the parameters: of layers, of width and of what is inside, in steps."""
+    require_parts(network.config)
     now, queries_shared = sizes_of(network.config), heads_of(network.config)
     group, size = queries_shared[0] // queries_shared[1], head_size(network.config)
     free = has_own_head_size(network.config)
@@ -118,8 +122,8 @@ def candidates(network: PreTrainedModel, share: float) -> list[Sizes]:
     depths = range(now.layers, max(0, now.layers // 2 - 1), -1)
     for depth, of_width, of_heads, of_inner in itertools.product(depths, steps, steps, steps):
         heads = max(group, round(now.heads * of_heads / group) * group)
-        width = rounded(now.width * of_width) if free else heads * size
-        inner = rounded(now.inner * of_inner)
+        width = part_of_size(now.width, of_width) if free else heads * size
+        inner = part_of_size(now.inner, of_inner)
         sizes = Sizes(depth, width, inner, heads)
         must_divide = width_must_divide(network.config)
         if sizes in found or (not free and of_width != of_heads) or (must_divide and width % heads):

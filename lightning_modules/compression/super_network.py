@@ -22,7 +22,7 @@ from lightning_modules.activations import head_size
 from lightning_modules.compression.sizes import (
     Sizes,
     has_own_head_size,
-    rounded,
+    part_of_size,
     sizes_of,
     smaller_config,
     width_must_divide,
@@ -103,8 +103,8 @@ def space_of(config: PreTrainedConfig, shares: tuple[float, ...], layers_least_f
     now, (queries, shared) = sizes_of(config), heads_of(config)
     group, is_free = queries // shared, has_own_head_size(config)
     heads = list(dict.fromkeys(max(group, round(now.heads * share / group) * group) for share in shares))
-    inner = list(dict.fromkeys(now.inner if share == 1 else rounded(now.inner * share) for share in shares))
-    width = list(dict.fromkeys(now.width if share == 1 else rounded(now.width * share) for share in shares))
+    inner = list(dict.fromkeys(part_of_size(now.inner, share) for share in shares))
+    width = list(dict.fromkeys(part_of_size(now.width, share) for share in shares))
     if not is_free:
         width = [count * head_size(config) for count in heads]
     least = max(1, round(now.layers * min(shares)))

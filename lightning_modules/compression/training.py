@@ -1,11 +1,13 @@
 """The training that follows on compression, as a command of recipes/distill.py."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,6 +35,10 @@ RUNS = {
 }
 """The class that a model is trained by, and the YAML with its settings."""
 CALLBACKS = "lightning_modules.callbacks"
+OF_DOCUMENTS = ("--data.separator", "--data.max_val_documents")
+"""Flags of compress.py that a training, which reads rows of text, does not know."""
+MANY = 0.1
+"""Share of a matrix that is zero: more than chance, so meant."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,11 @@ def command(recipes: Path, model: str, methods: Methods, rest: list[str]) -> lis
     if is_packed(config):
         raise ValueError(f"--model {model} has few bits already; pass the model that it was made from, and --qat")
     about = folders.done_so_far(folder)
-    steps = about["steps"]
-    if not steps and methods == Methods(group_size=methods.group_size, ends=methods.ends):
+    if (
+        not about["steps"]
+        and not has_zeros(Path(folder))
+        and methods == Methods(group_size=methods.group_size, ends=methods.ends)
+    ):
         raise ValueError(
             f"nothing was done to --model {model}; prune it, or pass --qat int4, --sparsity 0.5 or --parameters 0.67"
         )
@@ -83,7 +92,7 @@ def command(recipes: Path, model: str, methods: Methods, rest: list[str]) -> lis
         words.append(f"--model.teacher={teacher_of(folder, str(about['source']))}")
     if "--comparison.control" not in given:
         words.append("--comparison.control=false")
-    return words + methods.flags(any("sparse" in step for step in steps)) + rest
+    return words + methods.flags(has_zeros(Path(folder))) + rest
 
 
 def teacher_of(folder: str, source: str) -> str:
@@ -108,8 +117,10 @@ def pruned_in_rounds(
     """Prunes to a share of the parameters, in turns with training; what is done already is not done again. Returns what
     is to be trained last, with the flags for it."""
     rest, given = take_flag("--trainer.default_root_dir", rest)
-    root = Path(given[0] if given else f"runs/compress-{moment()}")
-    texts = of_text(rest)
+    root, texts = Path(given[0] if given else f"{find_folder(model)}-rounds"), of_text(rest)
+    for flag in OF_DOCUMENTS:
+        rest, _ = take_flag(flag, rest)
+    require_same_search(root, {"model": find_folder(model), "parameters": parameters, "rounds": rounds})
     for number in range(1, rounds + 1):
         pruned = root / f"pruned-{number}"
         if not pruned.exists():
@@ -126,6 +137,41 @@ def pruned_in_rounds(
     return str(pruned), [*rest, f"--trainer.default_root_dir={root / f'trained-{rounds}'}", "--ckpt_path=last"]
 
 
+def has_zeros(folder: Path) -> bool:
+    """Whether more than chance has made weights zero."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                tensor = opened.get_tensor(name)
+                if tensor.ndim == 2 and float((tensor == 0).float().mean()) > MANY:
+                    return True
+    return False
+
+
+def require_same_search(folder: Path, asked: dict[str, object]) -> None:
+    """Writes what a folder is for, once. Raises ValueError where it is for something else."""
+    file = folder / "asked.json"
+    if file.is_file() and (there := json.loads(file.read_text())) != asked:
+        name = next(name for name in asked if there.get(name) != asked[name])
+        raise ValueError(f"{folder} was begun with {name} {there.get(name)}; pass the same, or another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(asked, indent=2) + "\n")
+
+
+def with_history(model: str, rest: list[str], qat: str | None) -> list[str]:
+    """The flags of a training with its folder, in which is written what was done to the model before."""
+    rest, given = take_flag("--trainer.default_root_dir", rest)
+    if not given and "RANK" in os.environ:  # each rank would make up a name
+        return rest
+    folder = Path(given[0] if given else f"runs/compress-{moment()}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        about = folders.done_so_far(find_folder(model))
+        about["steps"].append({"verb": "train", "qat": qat})
+        (folder / folders.ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+    return [*rest, f"--trainer.default_root_dir={folder}"]
+
+
 def keep_history(before: Path, model: Path, step: dict[str, object]) -> None:
     """What was done to a model before it was trained, and this."""
     about = folders.done_so_far(str(before))
@@ -135,7 +181,7 @@ def keep_history(before: Path, model: Path, step: dict[str, object]) -> None:
 
 def of_text(words: list[str]) -> list[str]:
     """The flags of a training that compress.py knows, too."""
-    known = ("--data.path", "--data.val_path", "--data.val_fraction", "--data.text_column")
+    known = ("--data.path", "--data.val_path", "--data.val_fraction", "--data.text_column", *OF_DOCUMENTS)
     found, passed = [], False
     for word in words:
         if word.startswith("-"):

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -19,15 +18,18 @@ def counted(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Counter
     return found
 
 
-def kept_ids(tokenizer: PreTrainedTokenizerBase, counts: Counter[int], size: int) -> list[int]:
+def kept_ids(
+    tokenizer: PreTrainedTokenizerBase, counts: Counter[int], size: int, named: set[int] = frozenset()
+) -> list[int]:
     """Those of special tokens and single characters, which any text needs, and the most frequent others with all that
-    they are put together from, so that a text of these alone is cut as before. Sorted, at most `size`.
+    they are put together from, so that a text of these alone is cut as before. Sorted, at most `size`; those in `named`
+    are among them.
 
     Raises ValueError where `size` leaves no room, or the tokenizer is of an unknown kind.
     """
     content = json.loads(backend_of(tokenizer).to_str())
     vocabulary, kind = vocabulary_of(content), content["model"]["type"]
-    needed = {token["id"] for token in content["added_tokens"]}
+    needed = {token["id"] for token in content["added_tokens"]} | {i for i in named if i < len(tokenizer)}
     needed |= {number for word, number in vocabulary.items() if is_single(word, kind)}
     if kind == "WordPiece":
         needed.add(vocabulary[content["model"]["unk_token"]])
@@ -119,22 +121,29 @@ def _renumber(processor: dict | None, numbers: dict[int, int]) -> None:
 def smaller_network(network: PreTrainedModel, kept: list[int], auto_class: type) -> PreTrainedModel:
     """With the rows of these ids alone, in this order; a tied head stays tied."""
     config = copy.deepcopy(network.config)
+    if max(kept) >= config.get_text_config().vocab_size:
+        raise ValueError(f"the tokenizer gives id {max(kept)}, the model knows {config.vocab_size} ids; pass its own")
     numbers, before = {old: new for new, old in enumerate(kept)}, config.get_text_config().vocab_size
     config.get_text_config().vocab_size = len(kept)
     renumber_config(config, numbers)
     smaller = auto_class.from_config(config, dtype=network.dtype).eval()
     own, rows = smaller.state_dict(), torch.tensor(kept)
     for name, weight in network.state_dict().items():
-        of_words = weight.ndim and weight.shape[0] == before and own[name].shape[0] == len(kept)
-        own[name].copy_(rows_of(weight, rows) if of_words else weight)
+        for axis, (one, other) in enumerate(zip(weight.shape, own[name].shape, strict=True)):
+            if (one, other) == (before, len(kept)):
+                weight = weight.index_select(axis, rows.to(weight.device))
+        own[name].copy_(weight)
     if smaller.can_generate():
         smaller.generation_config = copy.deepcopy(network.generation_config)
         renumber_config(smaller.generation_config, numbers)
     return smaller
 
 
-def rows_of(weight: Tensor, rows: Tensor) -> Tensor:
-    return weight.index_select(0, rows.to(weight.device))
+def ids_named_by(network: PreTrainedModel) -> set[int]:
+    """Special tokens of the config, and of how it generates."""
+    configs = [network.config] + ([network.generation_config] if network.can_generate() else [])
+    values = [value for config in configs for name, value in vars(config).items() if name.endswith("_token_id")]
+    return {i for value in values for i in (value if isinstance(value, list) else [value]) if i is not None}
 
 
 def renumber_config(config: object, numbers: dict[int, int]) -> None:
