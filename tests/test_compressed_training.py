@@ -208,3 +208,42 @@ def test_rounds_prune_and_train_in_turns_and_go_on_where_they_were(decoder, text
     assert sizes[1] == sizes[2] < 0.72 * sizes[0] and sizes[3] == sizes[4] < 0.72 * sizes[1]
     about = json.loads((tmp_path / "pruned-2" / "compression.json").read_text())
     assert about["source"] == str(decoder) and [step["verb"] for step in about["steps"]] == ["prune", "train", "prune"]
+
+
+def test_zeros_stay_where_more_are_asked_for_and_fewer_are_refused(texts, decoder, tmp_path, capsys):
+    read = ["--data.path", str(texts), "--data.val_fraction", "0.3", "--rows", "4"]
+    compress.main(["prune", "--model", str(decoder), "--output", str(tmp_path / "half"), "--method", "wanda", *read])
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    trained(
+        tmp_path / "run",
+        texts,
+        decoder,
+        **{"model.student": tmp_path / "half"},
+        **callback(SPARSE, sparsity=0.75, every=2),
+    )
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    for weight, (name, now) in zip(before.parameters(), after.named_parameters(), strict=True):
+        assert not now[weight == 0].any(), name
+        if "_proj" in name:
+            assert float((now == 0).float().mean()) == pytest.approx(0.75, abs=0.01), name
+    with pytest.raises(SystemExit):
+        more = callback(SPARSE, sparsity=0.3)
+        trained(tmp_path / "less", texts, decoder, **{"model.student": tmp_path / "half"}, **more)
+    assert "is zero already; pass a sparsity above" in capsys.readouterr().err
+
+
+def test_a_short_run_is_as_sparse_as_asked_for(texts, decoder, tmp_path, capsys):
+    trained(tmp_path, texts, decoder, **callback(SPARSE, sparsity=0.5, every=1000))
+    assert "(50.0" in capsys.readouterr().out
+
+
+def test_what_a_run_began_from_is_known_to_the_next(texts, decoder, tmp_path):
+    read = ["--data.path", str(texts), "--data.val_fraction", "0.3", "--rows", "4"]
+    compress.main(["prune", "--model", str(decoder), "--output", str(tmp_path / "half"), "--method", "wanda", *read])
+    run = tmp_path / "run"
+    rest = training.with_history(str(tmp_path / "half"), [f"--trainer.default_root_dir={run}"], None)
+    assert rest == [f"--trainer.default_root_dir={run}"]
+    trained(run, texts, decoder, **{"model.student": tmp_path / "half"}, **callback(SPARSE))
+    words = words_of(run, qat="int4")
+    assert f"--model.teacher={decoder}" in words and any("SparseWeights" in word for word in words)
+    assert not any("SparseWeights" in word for word in words_of(decoder, qat="int4"))

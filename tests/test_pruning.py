@@ -289,3 +289,59 @@ def test_what_matters_to_a_real_model_is_found(tmp_path):
     by_worth, _ = pruned(copy.deepcopy(opened.network), sizes, worth, opened.auto_class)
     leading, _ = pruned(copy.deepcopy(opened.network), sizes, Worth({}, []), opened.auto_class)
     assert divergence(by_worth, batches, exact) < 0.6 * divergence(leading, batches, exact)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "bloom", "falcon"])
+def test_layers_alone_go_of_any_family(kind, tmp_path):
+    from transformers import BloomConfig, FalconConfig, GPTNeoXConfig
+
+    config = {
+        "gpt_neox": GPTNeoXConfig(**SIZES),
+        "bloom": BloomConfig(hidden_size=64, n_layer=3, n_head=4, vocab_size=96),
+        "falcon": FalconConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=96),
+    }[kind]
+    whole, batches = network(config), [{"input_ids": torch.arange(24).view(2, 12) % 96}]
+    small, layers = pruned(whole, Sizes(layers=2), worth_of(whole, batches, 2, only_layers=True), AutoModelForCausalLM)
+    small.save_pretrained(tmp_path)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(log_shares(back, batches)[0], log_shares(small, batches)[0]) and len(layers) == 2
+    with pytest.raises(ValueError, match="prune --layers alone"):
+        smaller_config(whole, Sizes(inner=32), [0, 1])
+
+
+def test_of_gpt2_two_of_four_inputs_stay():
+    from lightning_modules.compression.calibration import input_moments
+    from lightning_modules.compression.sparsity import by_outputs
+
+    whole, batches, _ = made("gpt2")
+    layers = {name: layer for name, layer in linear_layers(whole).items() if name != "lm_head"}
+    moments = input_moments(whole, layers, batches)
+    zero, of = sparsify(layers, 0.5, "2:4", moments)
+    assert zero == of / 2
+    for name, layer in layers.items():
+        assert ((by_outputs(layer) != 0).unflatten(1, (-1, 4)).sum(-1) == 2).all(), name
+    before = by_outputs(layers["transformer.h.0.mlp.c_fc"]).clone()
+    sparsify(layers, 0.75, "unstructured", moments)
+    assert ((by_outputs(layers["transformer.h.0.mlp.c_fc"]) != 0).sum(1) == 16).all()
+    assert not torch.equal(before, by_outputs(layers["transformer.h.0.mlp.c_fc"]))
+
+
+def test_words_that_a_config_names_stay(stdlib_words):
+    opened, documents = stdlib_words
+    rare = len(opened.tokenizer) - 1
+    whole = copy.deepcopy(opened.network)
+    whole.config.eos_token_id = [opened.tokenizer.eos_token_id, rare]
+    named = vocabulary.ids_named_by(whole)
+    assert rare in named
+    counts = vocabulary.counted(opened.tokenizer, documents[:1])
+    ids = vocabulary.kept_ids(opened.tokenizer, counts, 300, named)
+    small = vocabulary.smaller_network(whole, ids, opened.auto_class)
+    assert small.config.eos_token_id == [ids.index(opened.tokenizer.eos_token_id), ids.index(rare)]
+    with pytest.raises(ValueError, match="the tokenizer gives id 9999"):
+        vocabulary.smaller_network(whole, [0, 9999], opened.auto_class)
+
+
+def test_the_folder_of_the_model_is_no_place_for_the_result(decoder, capsys):
+    words = ["prune", "--model", str(decoder), "--layers", "1", "--overwrite", "true", "--output"]
+    assert "holds the model itself" in failure([*words, str(decoder)], capsys)
+    assert "holds the model itself" in failure([*words, str(decoder.parent)], capsys)

@@ -387,3 +387,57 @@ def test_a_model_of_a_task_is_judged_by_its_metric(reviews, encoder, tmp_path, c
     with pytest.raises(SystemExit):
         finetune("fit", *data, *length, "--model.from", str(tmp_path / "small"))
     assert "has few bits; pass the model that it was made from" in capsys.readouterr().err
+
+
+def test_layers_whose_inputs_do_not_divide_have_a_scale_for_each_row():
+    made = network(LlamaConfig(**(SMALL | {"intermediate_size": 44}), **LLAMA))
+    grids = fitted(Grid(4), quantizable(made), None)
+    assert grids["model.layers.0.mlp.up_proj"] == Grid(4, 32)  # of 32 inputs
+    assert grids["model.layers.0.mlp.down_proj"] == Grid(4)  # of 44
+    assert fitted(Grid(8), quantizable(made), None)["model.layers.0.mlp.up_proj"] == Grid(8)
+
+
+def test_the_small_head_of_labels_stays(encoder):
+    from transformers import AutoModelForSequenceClassification
+
+    made = AutoModelForSequenceClassification.from_pretrained(encoder)
+    assert made.classifier not in quantizable(made).values() and made.bert.pooler.dense in quantizable(made).values()
+
+
+@pytest.mark.parametrize("lost", ["weight_scale", "weight_packed"])
+def test_a_folder_that_lacks_weights_is_one_line(lost, llama, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_packed(tmp_path, llama, layers_of(llama, "int4"))
+    state = load_file(tmp_path / "model.safetensors")
+    del state[f"model.layers.0.mlp.up_proj.{lost}"]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks .*(up_proj.weight|weights)"):
+        read_packed(AutoModelForCausalLM, str(tmp_path))
+
+
+def test_a_folder_by_others_that_names_kinds_of_layers_is_left_to_transformers(llama, tmp_path):
+    from transformers import AutoConfig
+
+    from lightning_modules.compression.packed_folder import is_packed
+
+    save_packed(tmp_path, llama, {k: v for k, v in layers_of(llama, "int8").items() if k not in ("lm_head",)})
+    assert is_packed(AutoConfig.from_pretrained(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["targets"] = ["Linear", "Embedding"]
+    config["quantization_config"]["ignore"] = ["lm_head"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not is_packed(AutoConfig.from_pretrained(tmp_path))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids()).logits.isfinite().all()
+
+
+def test_what_was_done_is_found_beside_a_runs_model_and_damage_is_said(tmp_path):
+    from lightning_modules.compression.opened import done_so_far
+
+    (tmp_path / "model").mkdir()
+    assert done_so_far(str(tmp_path / "model")) == {"source": str(tmp_path / "model"), "steps": []}
+    (tmp_path / "compression.json").write_text(json.dumps({"source": "whole", "steps": [{"verb": "prune"}]}))
+    assert done_so_far(str(tmp_path / "model"))["source"] == "whole"
+    (tmp_path / "model" / "compression.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged; remove it"):
+        done_so_far(str(tmp_path / "model"))

@@ -172,6 +172,9 @@ def test_a_search_leaves_folders_and_goes_on_where_it_was(decoder, texts, tmp_pa
     for log in ("first", "again"):
         process = started(words, tmp_path / log, [sys.executable], script=RECIPES / "compress.py")
         assert process.wait(180) == 0, (tmp_path / log).read_text()[-2000:]
+    changed = [word.replace("[1.0,0.5]", "[1.0,0.75]") for word in words]
+    process = started(changed, tmp_path / "other", [sys.executable], script=RECIPES / "compress.py")
+    assert process.wait(60) == 2 and "was begun with shares" in (tmp_path / "other").read_text()
     said = (tmp_path / "first").read_text()
     assert "step 6" in said and "step 6" not in (tmp_path / "again").read_text()  # trained once
     assert "all dimensions alike" in said and "as many at random" in said
@@ -194,6 +197,7 @@ def written(folder: Path, nodes: dict) -> Path:
     ("nodes", "said"),
     [
         ({}, "has no nodes"),
+        ({"a": "prune"}, "a is no mapping"),
         ({"a": {"verb": "shrink"}}, "a has the verb shrink; pass one of prune, train"),
         ({"a": {"verb": "prune", "model": "b"}}, "a is of b, which comes from nowhere; pass one of source"),
     ],
