@@ -142,7 +142,7 @@ def quantize(
     with folders.written_whole(folder, source, step) as temporary:
         save_packed(temporary, source.network, layers)
     finish({model: opened(model), str(folder): opened(str(folder))}, data)
-    print(f"files  {folder}\nnext   python recipes/export.py --model {folder} --format onnx-int8")
+    print(f"files  {folder}\nnext   python recipes/export.py --model {shlex.quote(str(folder))} --format onnx-int8")
 
 
 def prune(
@@ -205,7 +205,7 @@ def prune(
     with folders.written_whole(folder, source, step) as temporary:
         source.network.to(source.stored).save_pretrained(temporary)
     finish({model: opened(model), str(folder): opened(str(folder))}, data)
-    print(f"files  {folder}\nnext   python recipes/compress.py train --model {folder}")
+    print(f"files  {folder}\nnext   python recipes/compress.py train --model {shlex.quote(str(folder))}")
 
 
 def train(

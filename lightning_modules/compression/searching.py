@@ -1,5 +1,6 @@
 """The steps of a search: the ordered model, its super-network, the points that are tried and those that are written."""
 
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -121,4 +122,4 @@ def write_front(trials: tried.Trials, best: list[tried.Point], target: dict[str,
     shutil.copytree(names[found], folder / "chosen")
     print(f"\n{told}: {found.nats:.4f} nats a token, parameters {found.parameters:.3f}, latency {found.latency:.2f}")
     print(f"files  {folder / 'points'}, {folder / 'chosen'}")
-    print(f"next   python recipes/compress.py train --model {folder / 'chosen'}")
+    print(f"next   python recipes/compress.py train --model {shlex.quote(str(folder / 'chosen'))}")
