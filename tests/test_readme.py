@@ -27,7 +27,7 @@ COMMAND = re.compile(r"python recipes/\w+\.py[^`\n]*")
 
 def commands() -> list[str]:
     """Without those that only stand for a command: a name in capitals or an ellipsis as a flag's whole value."""
-    found = {m.strip() for path in DOCUMENTS for m in COMMAND.findall(path.read_text())}
+    found = {re.sub(r"\s+#.*", "", m).strip() for path in DOCUMENTS for m in COMMAND.findall(path.read_text())}
     return sorted(c for c in found if not re.search(r"NAME|--config …|{\w+[}.(]", c))
 
 
