@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BloomConfig,
     ElectraConfig,
     Gemma3nTextConfig,
     GPT2Config,
@@ -169,9 +170,9 @@ def test_a_layout_that_is_not_known_is_refused():
     moe = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "moe_intermediate_size": 4}
     for config, part, told in (
         (
-            GPT2Config(n_embd=8, n_head=2, n_layer=2, vocab_size=9),
-            PartOfTeacher([0], {"n_embd": 4}),
-            "what a part of a gpt2 is, is not known",
+            BloomConfig(hidden_size=8, n_head=2, n_layer=2, vocab_size=9),
+            PartOfTeacher([0], {"hidden_size": 4}),
+            "what a part of a bloom is, is not known",
         ),
         (LSTMConfig(hidden_size=8, num_hidden_layers=2, vocab_size=9), PartOfTeacher([1]), "does not know the layers"),
         (ElectraConfig(embedding_size=8, **electra), PartOfTeacher([0], half), "the teacher has no"),

@@ -403,6 +403,7 @@ KINDS = {
     "deberta-v2": DebertaV2Config(relative_attention=True, pos_att_type=["c2p", "p2c"]),
     "distilbert": DistilBertConfig(),
     "electra": ElectraConfig(),
+    "gpt2": GPT2Config(n_inner=64),
     "llama": LlamaConfig(head_dim=8),
     "mistral": MistralConfig(head_dim=8),
     "nanochat": NanoChatConfig(),
@@ -462,7 +463,7 @@ def test_a_part_padded_with_zeros_says_what_the_part_says(kind, cut):
         torch.testing.assert_close(read(student, ids).logits, read(teacher, ids).logits, rtol=1e-4, atol=1e-4)
 
 
-INNER_SIZES = ("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim", "hidden_dim", "d_ff")
+INNER_SIZES = ("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim", "hidden_dim", "d_ff", "n_inner")
 HEADS = (
     *("num_attention_heads", "num_key_value_heads", "n_heads", "num_heads"),
     *("encoder_attention_heads", "decoder_attention_heads"),
