@@ -82,8 +82,17 @@ def opened(model: str) -> "Opened":
     from lightning_modules.compression.opened import open_model
 
     if is_onnx(model):
+        require_package("onnxruntime")
         return open_onnx(model)
     return open_model(model, hub_is_within_reach=hub.is_within_reach)
+
+
+def require_package(name: str) -> None:
+    """Raises ValueError with what brings a package that is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec(name) is None:
+        raise ValueError(f"this needs {name}, which is not installed: pip install '.[compress,export]'")
 
 
 def quantize(
@@ -93,8 +102,8 @@ def quantize(
     group_size: PositiveInt | None = None,
     rounding: Literal["gptq", "nearest"] = "gptq",
     average_bits: float | None = None,
-    bits: Literal[1, 2, 3, 4, 5, 6, 7, 8] = 4,
-    per: Literal["tensor", "channel"] = "channel",
+    bits: Literal[1, 2, 3, 4, 5, 6, 7, 8] | None = None,
+    per: Literal["tensor", "channel"] | None = None,
     ends: Literal[8, 16] = 8,
     skip: tuple[str, ...] = (),
     rows: PositiveInt = 64,
@@ -114,8 +123,8 @@ def quantize(
             none.
         average_bits: Of int4, int3, int2 or 8: as many bits for each layer as it needs, so that all together have so
             many a weight, scales included.
-        bits: Of minmax.
-        per: Of minmax: what shares a smallest and a largest weight.
+        bits: Of minmax. Left out: 4.
+        per: Of minmax: what shares a smallest and a largest weight. Left out: channel.
         ends: Bits of embedding and output head.
         skip: Layers whose name holds one of these stay as they are.
         rows: Of calibration, 512 tokens each.
@@ -127,6 +136,9 @@ def quantize(
     from lightning_modules.compression.quantization import put_in
     from lightning_modules.compression.quantizing import grid_layers, minmax_layers
 
+    require_package("compressed_tensors")
+    require_used(scheme, {"bits": bits, "per": per}, {"group_size": group_size, "skip": skip or None}, average_bits)
+    bits, per = bits or 4, per or "channel"
     name = f"minmax{bits}" if scheme == "minmax" else scheme
     folder = folders.output_folder(output, model, name if average_bits is None else f"mixed{average_bits:g}", overwrite)
     source = opened(model)
@@ -143,6 +155,15 @@ def quantize(
         save_packed(temporary, source.network, layers)
     finish({model: opened(model), str(folder): opened(str(folder))}, data)
     print(f"files  {folder}\nnext   python recipes/export.py --model {shlex.quote(str(folder))} --format onnx-int8")
+
+
+def require_used(scheme: str, of_minmax: dict, of_others: dict, average_bits: float | None) -> None:
+    """Raises ValueError for flags that the scheme would pass over."""
+    given = of_others | {"average_bits": average_bits} if scheme == "minmax" else of_minmax
+    if idle := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"--{idle[0]} changes nothing with --scheme {scheme}; leave one of them out")
+    if average_bits is not None and scheme in ("int8-dynamic", "8da4w", "float8"):
+        raise ValueError(f"--average_bits is for weights alone, not --scheme {scheme}; leave one of them out")
 
 
 def prune(
@@ -234,6 +255,8 @@ def train(
 
     from lightning_modules.compression import training
 
+    if qat is not None:
+        require_package("compressed_tensors")
     if rounds > 1 and parameters is None:
         raise ValueError("--rounds prunes and trains in turns; say to which share by --parameters 0.5")
     recipes = Path(__file__).parent
@@ -241,8 +264,8 @@ def train(
         model, rest = training.pruned_in_rounds(recipes, model, parameters, rounds, rest)
     for flag in training.OF_DOCUMENTS:
         rest, _ = take_flag(flag, rest)
-    rest = training.with_history(model, rest, qat)
     command = training.command(recipes, model, training.Methods(qat, group_size, ends, sparsity), rest)
+    command += training.history_flags(model, rest, qat)
     print(shlex.join(["python", *command[1:]]), flush=True)
     os.execv(command[0], command)  # which is the run: its signals, ranks and exit code
 
@@ -274,14 +297,17 @@ def search(
 
     from lightning_modules.compression import architecture_search as tried
     from lightning_modules.compression import searching
-    from lightning_modules.compression.training import require_same_search
+    from lightning_modules.compression.training import note_asked, require_same
     from lightning_modules.model_folder import find_folder
 
     wanted, source = searching.parsed_target(target), find_folder(model)
     folder = Path(output or f"{source}-search")
-    require_same_search(folder, {"model": source, "shares": list(shares), "rows": rows})
+    require_package("optuna")
+    asked = {"model": source, "shares": list(shares), "rows": rows}
+    require_same(folder, asked)
     if not (folder / "ordered" / "config.json").is_file():
         searching.write_ordered(opened(model), folder / "ordered", documents(data, "train"), rows, tuple(shares))
+        note_asked(folder, asked)
     if not (folder / "super" / "model" / "config.json").is_file():
         command = searching.command(Path(__file__).parent, folder, rest)
         print(shlex.join(["python", *command[1:]]), flush=True)
@@ -333,6 +359,8 @@ def report(model: list[str], data: Texts, output: str | None = None) -> None:
     """
     from lightning_modules.compression.judging import save
 
+    if output is not None:
+        require_package("matplotlib")
     found = finish({name: opened(name) for name in model}, data)
     if output is not None:
         save(found, Path(output))

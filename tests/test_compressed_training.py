@@ -15,15 +15,13 @@ from lightning_modules.callbacks.sparse_weights import SparseWeights
 from lightning_modules.compression import training
 from lightning_modules.compression.opened import open_model
 from lightning_modules.compression.packed_folder import read_packed
+from recipes import compress
 from tests.distilling import as_command, fit, flags_of
 from tests.faults import signal_at, state
 from tests.test_quantization import failure
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import compress  # noqa: E402
 
 QAT = "lightning_modules.callbacks.fake_quantization.FakeQuantization"
 SPARSE = "lightning_modules.callbacks.sparse_weights.SparseWeights"
@@ -186,12 +184,14 @@ def test_a_model_is_trained_by_the_one_that_it_was_made_of(decoder, texts, tmp_p
     assert torch.equal(new, old[..., kept])
 
 
-def test_mistakes_are_told_before_anything_is_trained(decoder, texts, tmp_path, capsys):
+def test_mistakes_are_told_before_anything_is_trained(decoder, texts, tmp_path, capsys, monkeypatch):
     assert "nothing was done to" in failure(["train", "--model", str(decoder)], capsys)
     assert "--rounds prunes and trains" in failure(["train", "--model", str(decoder), "--rounds", "2"], capsys)
     read = ["--data.path", str(texts), "--rows", "4", "--rounding", "nearest"]
     compress.main(["quantize", "--model", str(decoder), "--output", str(tmp_path / "q"), *read])
+    monkeypatch.chdir(tmp_path)
     assert "has few bits already" in failure(["train", "--model", str(tmp_path / "q"), "--qat", "int4"], capsys)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_rounds_prune_and_train_in_turns_and_go_on_where_they_were(decoder, texts, tmp_path, monkeypatch):
@@ -241,9 +241,26 @@ def test_what_a_run_began_from_is_known_to_the_next(texts, decoder, tmp_path):
     read = ["--data.path", str(texts), "--data.val_fraction", "0.3", "--rows", "4"]
     compress.main(["prune", "--model", str(decoder), "--output", str(tmp_path / "half"), "--method", "wanda", *read])
     run = tmp_path / "run"
-    rest = training.with_history(str(tmp_path / "half"), [f"--trainer.default_root_dir={run}"], None)
-    assert rest == [f"--trainer.default_root_dir={run}"]
+    assert training.history_flags(str(tmp_path / "half"), [f"--trainer.default_root_dir={run}"], None) == []
     trained(run, texts, decoder, **{"model.student": tmp_path / "half"}, **callback(SPARSE))
     words = words_of(run, qat="int4")
     assert f"--model.teacher={decoder}" in words and any("SparseWeights" in word for word in words)
     assert not any("SparseWeights" in word for word in words_of(decoder, qat="int4"))
+
+
+def test_what_a_checkpoint_had_is_taken_back_in_the_middle_of_a_run():
+    network = torch.nn.Linear(1, 1, bias=False)
+    optimizer, callback = torch.optim.SGD(network.parameters(), lr=0.2), InWholes()
+    torch.nn.init.constant_(network.weight, 3.4)
+    trainer = SimpleNamespace(callbacks=[callback], optimizers=[optimizer])
+    module = SimpleNamespace(network=network, device=torch.device("cpu"))
+    callback.on_train_start(trainer, module)
+    had = {name: tensor.clone() for name, tensor in callback.state_dict()["exact"].items()}
+    for _ in range(8):
+        network.weight.grad = torch.ones(1, 1)
+        callback.on_before_optimizer_step(trainer, module, optimizer)
+        optimizer.step()
+    assert float(network.weight) == 2.0
+    callback.load_state_dict({"exact": had})
+    callback.take_back(trainer, module)
+    assert float(network.weight) == 3.0 and float(callback.exact["weight"]) == pytest.approx(3.4)

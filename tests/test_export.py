@@ -36,13 +36,11 @@ from transformers import (
 from datamodules.tokenization import bpe_tokenizer, character_tokenizer
 from lightning_modules.exports import parity
 from lightning_modules.lstm import LSTMConfig, LSTMForCausalLM
+from recipes import export
 from tests.finetuning import sentences
 
 ROOT = Path(__file__).parents[1]
 STORIES = ROOT.parent / "shared" / "data" / "ckpt_stories260K"
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import export  # noqa: E402
 
 TEXTS = [text for text, _ in sentences(200)]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -215,6 +213,7 @@ assert "transformers" not in sys.modules and "lightning_modules" not in sys.modu
 
 def test_executorch_answers_alike(capsys, folder, tmp_path: Path):
     pytest.importorskip("executorch.runtime")
+    pytest.importorskip("torchao")
     found = exported(capsys, folder("lstm"), "pte", tmp_path / "model.pte")
     assert found["holds"] and found["max_logit_difference"] < 1e-4 and found["greedy_same"] == 64
 

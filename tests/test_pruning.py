@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,13 +27,11 @@ from lightning_modules.compression.reordering import linear_layers, orders, reor
 from lightning_modules.compression.sizes import Sizes, sizes_of, smaller_config
 from lightning_modules.compression.sparsity import kept, sparsify
 from lightning_modules.compression.structured import Worth, best_sizes, pruned, worth_of
+from recipes import compress
 from tests.test_quantization import failure, network
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import compress  # noqa: E402
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES |= {"vocab_size": 96, "max_position_embeddings": 64}

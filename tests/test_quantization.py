@@ -1,8 +1,9 @@
 import copy
+import importlib.util
 import json
-import sys
 from pathlib import Path
 
+import compressed_tensors.quantization.utils.helpers
 import pytest
 import torch
 from transformers import (
@@ -32,12 +33,10 @@ from lightning_modules.compression.quantization import (
     scheme_named,
     sensitivities,
 )
+from recipes import compress
 
 ROOT = Path(__file__).parents[1]
 STORIES = ROOT.parent / "shared" / "data" / "ckpt_stories260K"
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import compress  # noqa: E402
 
 SCHEMES = ("int8", "int8-dynamic", "int4", "int3", "int2", "8da4w", "float8")
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -312,6 +311,13 @@ def test_mistakes_are_one_line_each(folder, text, tmp_path, capsys):
     assert "no linear layer left" in failure([*quantize, "--skip", "[layers]"], capsys)
     assert "no such folder" in failure(["quantize", "--model", "./nowhere"], capsys)
     assert "does not exist" in failure([*quantize, "--data.path", "nowhere.txt"], capsys)
+    assert "--bits changes nothing with --scheme int4" in failure(
+        [*quantize, "--scheme", "int4", "--bits", "2"], capsys
+    )
+    minmax = [*quantize, "--scheme", "minmax"]
+    assert "--average_bits changes nothing with --scheme minmax" in failure([*minmax, "--average_bits", "3"], capsys)
+    mixed = [*quantize, "--scheme", "8da4w", "--average_bits", "3"]
+    assert "--average_bits is for weights alone" in failure(mixed, capsys)
     (tmp_path / "x").mkdir()
     assert "--overwrite" in failure(quantize, capsys)
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
@@ -441,3 +447,29 @@ def test_what_was_done_is_found_beside_a_runs_model_and_damage_is_said(tmp_path)
     (tmp_path / "model" / "compression.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged; remove it"):
         done_so_far(str(tmp_path / "model"))
+
+
+def test_a_package_that_is_not_there_is_said_with_what_brings_it(folder, capsys, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "compressed_tensors" else found(name))
+    said = failure(["quantize", "--model", str(folder)], capsys)
+    assert "needs compressed_tensors, which is not installed: pip install '.[compress" in said
+
+
+def test_few_log_probabilities_are_kept_at_a_time(monkeypatch):
+    from lightning_modules.compression import quantization
+
+    batches = [{"input_ids": torch.zeros(8, 4, dtype=torch.long)} for _ in range(3)]
+    monkeypatch.setattr(quantization, "MOST_SHARES", 10 * 4 * 100)
+    assert [len(batch["input_ids"]) for batch in quantization.some_of(batches, 100)] == [8, 2]
+    assert [len(batch["input_ids"]) for batch in quantization.some_of(batches, 10_000)] == [1]
+
+
+def test_what_is_rounded_in_inference_mode_does_not_hinder_gradients(llama, tmp_path):
+    save_packed(tmp_path, llama, layers_of(llama, "8da4w"))
+    back = read_packed(AutoModelForCausalLM, str(tmp_path), torch.float32)
+    calculated = compressed_tensors.quantization.utils.helpers._calculate_range
+    calculated.cache_clear()
+    with torch.inference_mode():
+        before = back(ids()).logits.clone()
+    assert torch.equal(back(ids()).logits.detach(), before)

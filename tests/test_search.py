@@ -14,12 +14,14 @@ from lightning_modules.compression import architecture_search as tried
 from lightning_modules.compression import searching
 from lightning_modules.compression.architecture_search import Point, Trials
 from lightning_modules.compression.judging import Scored, interval_of_excess, score
+from lightning_modules.compression.onnx_decoder import open_onnx
 from lightning_modules.compression.opened import open_model
 from lightning_modules.compression.pipeline import Pipeline, read_nodes
 from lightning_modules.compression.sizes import Sizes
 from lightning_modules.compression.structured import worth_of
 from lightning_modules.compression.super_network import Part, Space, SuperNetwork, space_of
 from lightning_modules.likelihood import Scorer
+from recipes import compress
 from tests.distilling import flags_of
 from tests.faults import command as started
 from tests.test_pruning import FAMILIES, made
@@ -27,9 +29,6 @@ from tests.test_quantization import failure
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import compress  # noqa: E402
 
 SHARES = (1.0, 0.75, 0.5)
 
@@ -169,6 +168,9 @@ def toy_flags(folder: Path, texts: Path) -> list[str]:
 def test_a_search_leaves_folders_and_goes_on_where_it_was(decoder, texts, tmp_path):
     own = ["search", f"--model={decoder}", "--target=parameters=0.8", "--shares=[1.0,0.5]", "--trials=8", "--rows=2"]
     words = [*own, f"--output={tmp_path / 'out'}", *toy_flags(tmp_path, texts)]
+    refused = [word.replace("[1.0,0.5]", "[0.5]") for word in words]  # which leaves nothing that the next has to fit
+    process = started(refused, tmp_path / "refused", [sys.executable], script=RECIPES / "compress.py")
+    assert process.wait(60) == 2 and "and 1 among them" in (tmp_path / "refused").read_text()
     for log in ("first", "again"):
         process = started(words, tmp_path / log, [sys.executable], script=RECIPES / "compress.py")
         assert process.wait(180) == 0, (tmp_path / log).read_text()[-2000:]
@@ -198,6 +200,7 @@ def written(folder: Path, nodes: dict) -> Path:
     [
         ({}, "has no nodes"),
         ({"a": "prune"}, "a is no mapping"),
+        ({"a": {"verb": "train", "rounds": 2}}, "a has rounds; prune in a node of its own"),
         ({"a": {"verb": "shrink"}}, "a has the verb shrink; pass one of prune, train"),
         ({"a": {"verb": "prune", "model": "b"}}, "a is of b, which comes from nowhere; pass one of source"),
     ],
@@ -284,11 +287,13 @@ def test_an_interval_holds_what_is_true_of_all_documents():
 
 def test_a_file_for_onnxruntime_stands_beside_its_source(decoder, texts, tmp_path, capsys):
     pytest.importorskip("onnxruntime")
-    import export
+    from recipes import export
 
     export.main(["--model", str(decoder), "--format", "onnx", "--output", str(tmp_path / "onnx")])
     read = ["--data.path", str(texts), "--data.val_fraction", "0.3", "--output", str(tmp_path / "report")]
     compress.main(["report", "--model", str(decoder), str(tmp_path / "onnx"), *read])
+    options = open_onnx(str(tmp_path / "onnx")).network.session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"  # beside what is timed
     figures = list(json.loads((tmp_path / "report" / "report.json").read_text()).values())
     assert figures[1]["nats_per_token"] == pytest.approx(figures[0]["nats_per_token"], rel=1e-4)
     assert figures[1]["bytes"] > 0 and figures[1]["token_ms"] > 0

@@ -41,6 +41,9 @@ class ChangedWeights(Callback):
     def adapt(self, module: LightningModule, exact: dict[str, Tensor]) -> None:
         """After a step: how weights are changed from now on."""
 
+    def move_to(self, device: torch.device) -> None:
+        """What decides how weights are changed."""
+
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         if isinstance(trainer.strategy, Sharded):
             kind = type(self).__name__
@@ -58,8 +61,10 @@ class ChangedWeights(Callback):
             self.exact = {name: masters[id(weights[name])] for name in names}
         else:
             kept = self._from_checkpoint
-            self.exact = {name: kept.get(name, weights[name].detach()).clone() for name in names}
+            self.exact = {name: kept.get(name, weights[name].detach()).to(weights[name], copy=True) for name in names}
         together.sort(key=lambda callback: callback.turn)
+        for callback in together:  # what a checkpoint had is on the CPU
+            callback.move_to(next(iter(weights.values())).device)
 
         @torch.no_grad()
         def after_step(*_) -> None:
@@ -76,6 +81,15 @@ class ChangedWeights(Callback):
         with torch.no_grad():
             for callback in together:
                 callback.put_in(module, self.exact)
+
+    @torch.no_grad()
+    def take_back(self, trainer: Trainer, module: LightningModule) -> None:
+        """Goes on from what a checkpoint had, in the middle of a run."""
+        self.move_to(module.device)
+        for name, tensor in self._from_checkpoint.items():
+            self.exact[name].copy_(tensor)
+        leader = next(callback for callback in trainer.callbacks if isinstance(callback, ChangedWeights))
+        self.put_in(module, leader.exact)
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:

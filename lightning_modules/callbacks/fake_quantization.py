@@ -105,6 +105,9 @@ class FakeQuantization(ChangedWeights):
         rounded = rounded_inputs(exact.detach(), args)
         return (exact + (rounded - exact).detach(), *inputs[1:]) if exact.requires_grad else (rounded, *inputs[1:])
 
+    def move_to(self, device: torch.device) -> None:
+        self.scales = {name: scales.to(device) for name, scales in self.scales.items()}
+
     def put_in(self, module: LightningModule, exact: dict[str, Tensor]) -> None:
         for name, grid in self.grids.items():
             weight_RC = exact[f"{name}.weight"]
@@ -137,7 +140,7 @@ class FakeQuantization(ChangedWeights):
         for name, grid in self.grids.items():
             weight = network.get_submodule(name).weight.detach()
             activations = None if name in self.ends_by_name else self.scheme.activations
-            packed[name] = PackedLayer(codes_of(weight, scales[name], grid), grid, activations)
+            packed[name] = PackedLayer(codes_of(weight, scales[name].to(weight.device), grid), grid, activations)
         temporary = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(temporary, ignore_errors=True)
         dtype = network.get_submodule(next(iter(self.grids))).weight.dtype

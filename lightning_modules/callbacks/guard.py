@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from lightning_modules import checkpoint_io
+from lightning_modules.callbacks.changed_weights import ChangedWeights
 from lightning_modules.callbacks.recovery import Recovery
 from lightning_modules.command_line import fail
 
@@ -99,5 +100,9 @@ def rollback(trainer: Trainer, module: LightningModule) -> None:
     if "state_dict" in checkpoint:  # else the strategy has put it where it belongs
         module.load_state_dict(checkpoint["state_dict"])
     trainer.strategy.load_optimizer_state_dict(checkpoint)
+    for callback in trainer.callbacks:
+        if isinstance(callback, ChangedWeights):  # which has the exact weights, or how they are changed
+            callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+            callback.take_back(trainer, module)
     if trainer.is_global_zero:
         print(f"rolled back to the weights of step {checkpoint['global_step']} ({path})", file=sys.stderr)

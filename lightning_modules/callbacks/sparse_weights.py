@@ -68,6 +68,10 @@ class SparseWeights(ChangedWeights):
             self._choose(module.progress(), exact)
             forget_the_best(module.trainer)
 
+    def move_to(self, device: torch.device) -> None:
+        self.is_kept = {name: mask.to(device) for name, mask in self.is_kept.items()}
+        self.was_kept = {name: mask.to(device) for name, mask in self.was_kept.items()}
+
     def put_in(self, module: LightningModule, exact: dict[str, Tensor]) -> None:
         for name, is_kept in self.is_kept.items():
             exact[name].mul_(is_kept)

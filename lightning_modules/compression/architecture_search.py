@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -149,15 +150,17 @@ def uniform(space: Space) -> list[Sizes]:
     for step in range(UNIFORM):
         share = step / (UNIFORM - 1)
         places = [round(share * (len(v) - 1)) for v in (space.layers, space.width, space.inner, space.heads)]
-        by_heads = sorted(range(len(space.heads)), key=lambda place: abs(place - places[3]))  # noqa: B023
-        some = (space.sizes(*places[:3], place) for place in by_heads)
-        found.append(next(sizes for sizes in some if space.is_possible(sizes)))
+        found.append(nearest_possible(space, *places))
     return list(dict.fromkeys(found))
 
 
-def at_random(space: Space, count: int, seed: int) -> list[Sizes]:
-    import random
+def nearest_possible(space: Space, layers: int, width: int, inner: int, heads: int) -> Sizes:
+    """By the places in each dimension, with other heads where the width does not divide by these."""
+    some = (space.sizes(layers, width, inner, place) for place in range(len(space.heads)))
+    return min(filter(space.is_possible, some), key=lambda sizes: abs(sizes.heads - space.heads[heads]))
 
+
+def at_random(space: Space, count: int, seed: int) -> list[Sizes]:
     numbers, found = random.Random(seed), {space.largest: None, space.smallest: None}
     for _ in range(20 * count):
         if len(found) < count:

@@ -216,11 +216,11 @@ def draw(found: list[Judged], file: Path) -> None:
         )
         axis.step(*zip(*best, strict=True), where="post", color="0.8", zorder=0)
         for judged, cost, bit in zip(found, costs, bits, strict=True):
-            axis.plot(cost, bit, "o")
-            axis.annotate(short_name(judged.name), (cost, bit), textcoords="offset points", xytext=(6, 4), fontsize=8)
+            axis.plot(cost, bit, "o", label=short_name(judged.name))
         axis.set(xlabel=label, xlim=(0, 1.15 * max(costs)))
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("bits per byte")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(file, dpi=120)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_modules.compression.opened import Opened, bytes_of_weights
+from lightning_modules.exports.to_onnx import open_session
 from lightning_modules.model_folder import load_tokenizer
 
 FILE = "model.onnx"
@@ -28,12 +29,7 @@ class OnnxDecoder:
     """Reads ids and gives logits; with `use_cache` its keys and values, too."""
 
     def __init__(self, folder: Path):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(folder / FILE, options, providers=["CPUExecutionProvider"])
+        self.session = open_session(folder / FILE)
         self.config = AutoConfig.from_pretrained(folder)
         self.device, self.base_model = torch.device("cpu"), self
         shapes = {node.name: node.shape for node in self.session.get_inputs()}

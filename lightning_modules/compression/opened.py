@@ -100,7 +100,7 @@ def dtype_on_disk(folder: str) -> torch.dtype | None:
 
 def require_dense(opened: Opened, flag: str = "--model") -> None:
     """Raises ValueError for weights of few bits, which nothing more can be done to."""
-    if opened.is_packed:
+    if opened.is_packed or getattr(opened.network.config, "quantization_config", None) is not None:
         raise ValueError(f"{flag} {opened.folder} is quantized already; pass the model that it was made from")
 
 

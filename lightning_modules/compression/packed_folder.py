@@ -241,5 +241,7 @@ def rounded_inputs(inputs: Tensor, args: dict[str, object]) -> Tensor:
     from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
     settings = QuantizationArgs(**args)
-    scales, zero_points = compute_dynamic_scales_and_zp(value=inputs, args=settings, module=None)
-    return fake_quantize(inputs, scales, zero_points, settings)
+    # The library remembers tensors from call to call; those of inference mode are of no use where there are gradients.
+    with torch.inference_mode(False), torch.no_grad():
+        scales, zero_points = compute_dynamic_scales_and_zp(value=inputs, args=settings, module=None)
+        return fake_quantize(inputs, scales, zero_points, settings)

@@ -47,6 +47,8 @@ def read_nodes(file: Path) -> tuple[dict[str, object], list[Node]]:
         verb, models = settings.pop("verb", None), settings.pop("model", SOURCE)
         if verb not in VERBS:
             raise ValueError(f"{file}: {name} has the verb {verb}; pass one of {', '.join(VERBS)}")
+        if verb == "train" and (inside := settings.keys() & {"parameters", "rounds"}):
+            raise ValueError(f"{file}: {name} has {min(inside)}; prune in a node of its own")
         models = tuple(models) if isinstance(models, list) else (models,)
         known = [SOURCE, *(node.name for node in nodes)]
         if unknown := [model for model in models if model not in known]:

@@ -10,6 +10,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.exports.to_onnx import open_session
+
 TOKENS, INPUTS, OUTPUTS = 128, 1024, 4096
 TURNS = 9
 
@@ -25,7 +27,6 @@ def bf16(layer: nn.Linear, inputs_NC: Tensor) -> Callable[[], object]:
 
 def onnxruntime_int8(layer: nn.Linear, inputs_NC: Tensor) -> Callable[[], object]:
     import onnx
-    import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with TemporaryDirectory() as folder:
@@ -35,9 +36,7 @@ def onnxruntime_int8(layer: nn.Linear, inputs_NC: Tensor) -> Callable[[], object
         del model.graph.value_info[:]
         onnx.save(model, plain)
         quantize_dynamic(plain, small, weight_type=QuantType.QInt8, per_channel=True)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
-        session = onnxruntime.InferenceSession(small, options, providers=["CPUExecutionProvider"])
+        session = open_session(small)
     read = {session.get_inputs()[0].name: inputs_NC.cpu().numpy()}
     return lambda: session.run(None, read)
 

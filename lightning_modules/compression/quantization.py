@@ -12,6 +12,8 @@ from lightning_modules.compression.calibration import Batch
 from lightning_modules.compression.grids import Grid, minmax, nearest, passed_on
 from lightning_modules.compression.packed_folder import Activations, Layers, Minmax, PackedLayer
 
+MOST_SHARES = 2**28
+"""Log-probabilities that are kept while a network is changed: 1 GiB."""
 GROUPS = (32, 16)
 """Weights that share a scale, where nothing else is asked for."""
 SchemeName = Literal["int8", "int8-dynamic", "int4", "int3", "int2", "8da4w", "float8", "minmax"]
@@ -22,8 +24,6 @@ Rounding = Literal["gptq", "nearest"]
 class Scheme:
     grid: Grid
     activations: Activations | None = None
-    bits_of_ends: int = 8
-    """Of embedding and head."""
 
 
 def scheme_named(name: SchemeName) -> Scheme:
@@ -142,6 +142,24 @@ def put_in(network: PreTrainedModel, layers: Layers) -> None:
 
 
 # How much each layer loses
+
+
+def words_of(network: PreTrainedModel) -> int:
+    """How many numbers a network says of each place, or at most that many."""
+    return network.config.get_text_config().vocab_size
+
+
+def some_of(batches: list[Batch], words: int) -> list[Batch]:
+    """As many rows of the first batches as have MOST_SHARES log-probabilities, at least one."""
+    found, left = [], MOST_SHARES
+    for batch in batches:
+        rows, length = batch["input_ids"].shape
+        fitting = min(rows, left // (length * words)) if found else max(1, min(rows, left // (length * words)))
+        if fitting < 1:
+            break
+        found.append({name: value[:fitting] for name, value in batch.items()})
+        left -= fitting * length * words
+    return found
 
 
 @torch.no_grad()

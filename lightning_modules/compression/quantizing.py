@@ -18,6 +18,8 @@ from lightning_modules.compression.quantization import (
     require_bits,
     scheme_named,
     sensitivities,
+    some_of,
+    words_of,
 )
 from lightning_modules.compression.words import left_of, named
 
@@ -56,7 +58,7 @@ def grid_layers(
     batches = calibration_batches(network, source.tokenizer, texts, rows) if texts else []
     moments = input_moments(network, found, batches) if rounding == "gptq" else {}
     if average_bits is not None:
-        lost = sensitivities(network, found, steps, moments, batches[:SENSED])
+        lost = sensitivities(network, found, steps, moments, some_of(batches[:SENSED], words_of(network)))
         grids = mixed(found, steps, lost, average_bits)
     layers = quantized(network, found, grids, chosen.activations, moments)
     outer = quantized_ends(network, ends)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from lightning_modules.activations import LAYER, head_size
 from lightning_modules.architectures import parameter_count
 from lightning_modules.compression.calibration import Batch
-from lightning_modules.compression.quantization import divergence, log_shares
+from lightning_modules.compression.quantization import divergence, log_shares, some_of, words_of
 from lightning_modules.compression.reordering import SHARED_BIAS, orders, reorder
 from lightning_modules.compression.sizes import (
     Sizes,
@@ -65,6 +65,7 @@ def without(layers: list[nn.Module]) -> Iterator[None]:
 
 def least_first(network: PreTrainedModel, batches: list[Batch], count: int) -> list[int]:
     """Numbers of layers: one after the other that without which the network says least else."""
+    batches = some_of(batches, words_of(network))
     exact, layers = log_shares(network, batches), whole_layers(network)
     first_stays = any(SHARED_BIAS in name for name in network.state_dict())
     gone: list[int] = []
@@ -146,7 +147,7 @@ def parameters_of(network: PreTrainedModel, sizes: Sizes) -> int:
 
 def best_sizes(network: PreTrainedModel, share: float, batches: list[Batch], auto_class: type) -> tuple[Sizes, float]:
     """Of the candidates the one whose network says least else than the whole one, and by how many nats."""
-    sizes_tried = candidates(network, share)
+    sizes_tried, batches = candidates(network, share), some_of(batches, words_of(network))
     exact, worth = log_shares(network, batches), worth_of(network, batches, min(s.layers for s in sizes_tried))
     found = {}
     for sizes in sizes_tried:

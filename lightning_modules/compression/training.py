@@ -34,6 +34,8 @@ RUNS = {
     AutoModelForQuestionAnswering: ("QuestionAnsweringDistillation", "distill_question_answering.yaml"),
 }
 """The class that a model is trained by, and the YAML with its settings."""
+ASKED = "asked.json"
+"""In a folder of several steps, what they are for."""
 CALLBACKS = "lightning_modules.callbacks"
 OF_DOCUMENTS = ("--data.separator", "--data.max_val_documents")
 """Flags of compress.py that a training, which reads rows of text, does not know."""
@@ -120,13 +122,15 @@ def pruned_in_rounds(
     root, texts = Path(given[0] if given else f"{find_folder(model)}-rounds"), of_text(rest)
     for flag in OF_DOCUMENTS:
         rest, _ = take_flag(flag, rest)
-    require_same_search(root, {"model": find_folder(model), "parameters": parameters, "rounds": rounds})
+    asked = {"model": find_folder(model), "parameters": parameters, "rounds": rounds}
+    require_same(root, asked)
     for number in range(1, rounds + 1):
         pruned = root / f"pruned-{number}"
         if not pruned.exists():
             share = parameters ** (1 / rounds)
             flags = [f"--parameters={share:g}", f"--output={pruned}", f"--model={model}"]
             finished([sys.executable, str(recipes / "compress.py"), "prune", *flags, *texts])
+            note_asked(root, asked)
         if number < rounds:
             trained = root / f"trained-{number}"
             if not (trained / "model" / "config.json").is_file():
@@ -148,28 +152,32 @@ def has_zeros(folder: Path) -> bool:
     return False
 
 
-def require_same_search(folder: Path, asked: dict[str, object]) -> None:
-    """Writes what a folder is for, once. Raises ValueError where it is for something else."""
-    file = folder / "asked.json"
+def require_same(folder: Path, asked: dict[str, object]) -> None:
+    """Raises ValueError where a folder was begun for something else."""
+    file = folder / ASKED
     if file.is_file() and (there := json.loads(file.read_text())) != asked:
         name = next(name for name in asked if there.get(name) != asked[name])
         raise ValueError(f"{folder} was begun with {name} {there.get(name)}; pass the same, or another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asked, indent=2) + "\n")
 
 
-def with_history(model: str, rest: list[str], qat: str | None) -> list[str]:
-    """The flags of a training with its folder, in which is written what was done to the model before."""
-    rest, given = take_flag("--trainer.default_root_dir", rest)
-    if not given and "RANK" in os.environ:  # each rank would make up a name
-        return rest
-    folder = Path(given[0] if given else f"runs/compress-{moment()}")
+def note_asked(folder: Path, asked: dict[str, object]) -> None:
+    """Once there is something in it: what was refused leaves nothing that a better command would have to fit."""
+    (folder / ASKED).write_text(json.dumps(asked, indent=2) + "\n")
+
+
+def history_flags(model: str, given: list[str], qat: str | None) -> list[str]:
+    """Writes what was done to a model into the folder of its training, and names that folder where `given`, the flags
+    of the training, do not."""
+    _, named = take_flag("--trainer.default_root_dir", given)
+    if not named and "RANK" in os.environ:  # each rank would make up a name
+        return []
+    folder = Path(named[0] if named else f"runs/compress-{moment()}")
     if int(os.environ.get("RANK", 0)) == 0:
         folder.mkdir(parents=True, exist_ok=True)
         about = folders.done_so_far(find_folder(model))
         about["steps"].append({"verb": "train", "qat": qat})
         (folder / folders.ABOUT).write_text(json.dumps(about, indent=2) + "\n")
-    return [*rest, f"--trainer.default_root_dir={folder}"]
+    return [] if named else [f"--trainer.default_root_dir={folder}"]
 
 
 def keep_history(before: Path, model: Path, step: dict[str, object]) -> None:

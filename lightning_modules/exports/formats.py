@@ -35,7 +35,7 @@ FORMATS: dict[str, Format] = {
     "onnx": Format("", ("onnx", "onnxscript", "onnxruntime"), "export"),
     "onnx-int8": Format("", ("onnx", "onnxscript", "onnxruntime"), "export"),
     "pt2": Format(".pt2"),
-    "pte": Format(".pte", ("executorch", "ruamel.yaml"), "pte"),
+    "pte": Format(".pte", ("executorch", "torchao", "ruamel.yaml"), "pte"),
     "gguf": Format(".gguf", ("gguf",), "export"),
 }
 

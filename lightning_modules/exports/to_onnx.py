@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -9,6 +10,9 @@ import torch
 from lightning_modules.exports.answering import Run
 from lightning_modules.exports.graphs import Graph, positions_bound, trace
 from lightning_modules.model_folder import LoadedModel
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 
 def write(loaded: LoadedModel, graphs: list[Graph], folder: Path) -> None:
@@ -48,16 +52,20 @@ def quantize(folder: Path) -> None:
         before.unlink()
 
 
-def open_runtime(folder: Path) -> Run:
+def open_session(file: Path) -> "InferenceSession":
+    """With as many threads as torch has, that sleep while they wait: spinning, they would slow down for some
+    milliseconds whatever is timed after them."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    sessions = {
-        file.stem: onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        for file in folder.glob("*.onnx")
-    }
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def open_runtime(folder: Path) -> Run:
+    sessions = {file.stem: open_session(file) for file in folder.glob("*.onnx")}
 
     def run(name: str, inputs: dict[str, np.ndarray]) -> tuple[list[np.ndarray], float]:
         begin = time.perf_counter()
