@@ -209,7 +209,7 @@ def prune(
 
     asked = {"layers": layers, "width": width, "inner": inner, "heads": heads}
     sizes = {name: size for name, size in asked.items() if size is not None}
-    pruning.require_one_way(method, parameters, sizes, vocabulary, sparsity, pattern)
+    pruning.require_one_way(method, parameters, sizes, vocabulary, sparsity, pattern, skip)
     folder = folders.output_folder(output, model, "pruned" if method == "structured" else method, overwrite)
     source = opened(model)
     folders.require_dense(source)
@@ -361,6 +361,8 @@ def report(model: list[str], data: Texts, output: str | None = None) -> None:
 
     if output is not None:
         require_package("matplotlib")
+    if twice := [name for place, name in enumerate(model) if name in model[:place]]:
+        raise ValueError(f"--model has {twice[0]} twice; name it once")
     found = finish({name: opened(name) for name in model}, data)
     if output is not None:
         save(found, Path(output))

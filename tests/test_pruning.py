@@ -272,6 +272,8 @@ def test_flags_that_do_not_go_together_are_one_line(decoder, capsys):
         [*model, "--method", "wanda", "--pattern", "2:4", "--sparsity", "0.7"], capsys
     )
     assert "pass a share between 0 and 1" in failure([*model, "--parameters", "1.5"], capsys)
+    assert "--skip is for" in failure([*model, "--layers", "1", "--skip", "[mlp]"], capsys)
+    assert "twice" in failure(["report", "--model", str(decoder), str(decoder)], capsys)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")

@@ -1,5 +1,6 @@
 import copy
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from lightning_modules.compression import grids
-from lightning_modules.compression.calibration import calibration_batches, input_moments
+from lightning_modules.compression.calibration import calibration_batches, input_moments, windows
 from lightning_modules.compression.grids import Grid, codes_of, from_minmax, minmax, nearest, passed_on
 from lightning_modules.compression.opened import bytes_of_weights, open_model
 from lightning_modules.compression.packed_folder import read_packed, save_packed
@@ -344,6 +345,26 @@ def test_encoders_and_encoder_decoders_are_calibrated_on_what_they_read(encoder,
         layers = quantizable(opened.network)
         moments = input_moments(opened.network, layers, batches)
         assert set(moments) == set(layers)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "count", "begins"),
+    [
+        ([10_000], 4, [1250, 3750, 6250, 8750]),  # one long document: from all of it
+        ([50] * 100, 10, [250, 750, 1250, 1750, 2250, 2750, 3250, 3750, 4250, 4750]),  # short ones: some, whole
+        ([10, 5000, 10, 20], 2, [1260, 3780]),
+        ([100, 20], 2, [0, 100]),  # no more than is wanted: all
+        ([300, 20, 20], 3, [56, 170, 200]),  # inside of a document, not over its end
+    ],
+)
+def test_a_text_is_calibrated_on_from_all_over_it(lengths, count, begins):
+    whole = "".join(chr(1000 + place) for place in range(sum(lengths)))
+    ends = list(itertools.accumulate(lengths))
+    documents = [whole[end - length : end] for length, end in zip(lengths, ends, strict=True)]
+    found = list(windows(documents, count, 100))
+    assert [ord(text[0]) - 1000 for text, _ in found] == begins
+    assert all(any(text in document for document in documents) for text, _ in found)
+    assert [begin for _, begin in found] == [text[0] in [d[0] for d in documents] for text, _ in found]
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="needs ../shared/data")

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_modules.model_folder import max_positions
 
 BATCH_ROWS = 8
+CHARACTERS = 8
+"""Of a window for each token of a row, which are more than a token has."""
 Batch = dict[str, Tensor]
 
 
@@ -21,12 +23,19 @@ def calibration_batches(
 ) -> list[Batch]:
     """About `rows` rows of a text as the network reads it, of one length in a batch, so that there is no padding.
 
-    Decoders read documents one behind the other, encoders one document in a row, encoder-decoders its first half and
-    write its second. Raises ValueError for a text that is too short for one row.
+    They are spread over the text. Decoders read documents one behind the other, encoders one document in a row,
+    encoder-decoders its first half and write its second. Raises ValueError for a text too short for one row.
     """
     seq_len = min(seq_len, max_positions(network) or seq_len)
     decodes = network.config.is_encoder_decoder or network.can_generate()
-    found = list(_packed(tokenizer, texts, rows, seq_len) if decodes else _apart(tokenizer, texts, rows, seq_len))
+    documents = [text for text in texts if text]
+    if decodes:
+        found = evenly(list(_packed(tokenizer, windows(documents, rows, CHARACTERS * seq_len), seq_len)), rows)
+    else:
+        found = [
+            tokenizer(text, truncation=True, max_length=seq_len, verbose=False)["input_ids"]
+            for text in evenly(documents, rows)
+        ]
     if not found:
         raise ValueError(f"the calibration text is shorter than a row of {seq_len} tokens; pass more by --data.path")
     batches = []
@@ -38,22 +47,39 @@ def calibration_batches(
     return batches
 
 
-def _packed(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], rows: int, seq_len: int) -> Iterator[list[int]]:
+def windows(documents: list[str], count: int, characters: int) -> Iterator[tuple[str, bool]]:
+    """So many windows of a text that is longer than all of them, evenly over it, each inside of one document; else all
+    documents. With each, whether a document begins with it."""
+    step = sum(map(len, documents)) / count
+    if step <= characters:
+        yield from ((document, True) for document in documents)
+        return
+    begin, wanted = 0, step / 2
+    for document in documents:
+        end = begin + len(document)
+        if wanted < end and len(document) <= characters:
+            yield document, True
+            wanted += step * (1 + (end - wanted) // step)  # what is short is read once
+        while wanted < end:
+            start = min(int(wanted - begin), len(document) - characters)
+            yield document[start : start + characters], start == 0
+            wanted += step
+        begin = end
+
+
+def evenly(items: list, count: int) -> list:
+    return [items[place * len(items) // count] for place in range(count)] if len(items) > count else items
+
+
+def _packed(tokenizer: PreTrainedTokenizerBase, parts: Iterable[tuple[str, bool]], seq_len: int) -> Iterator[list[int]]:
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     held: list[int] = []
-    for text in texts:
+    for text, begins in parts:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        held += ids if start is None else [start, *ids]
-        while len(held) >= seq_len and rows:
+        held += [start, *ids] if begins and start is not None else ids
+        while len(held) >= seq_len:
             yield held[:seq_len]
-            held, rows = held[seq_len:], rows - 1
-        if not rows:
-            return
-
-
-def _apart(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], rows: int, seq_len: int) -> Iterator[list[int]]:
-    for _, text in zip(range(rows), texts, strict=False):
-        yield tokenizer(text, truncation=True, max_length=seq_len, verbose=False)["input_ids"]
+            held = held[seq_len:]
 
 
 def _inputs(network: PreTrainedModel, ids_BT: Tensor) -> Batch:

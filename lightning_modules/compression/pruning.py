@@ -20,11 +20,14 @@ def require_one_way(
     words: int | None,
     sparsity: float | None,
     pattern: Pattern,
+    skip: tuple[str, ...] = (),
 ) -> None:
     """Raises ValueError for flags that do not go together."""
     if method == "structured":
         if sparsity is not None or pattern != "unstructured":
             raise ValueError("--sparsity and --pattern are for --method wanda or magnitude; pass --parameters 0.67")
+        if skip:
+            raise ValueError("--skip is for --method wanda or magnitude; leave it out")
         if parameters is not None and sizes:
             raise ValueError(f"--parameters finds the sizes itself; leave it out, or --{next(iter(sizes))}")
         if parameters is None and not sizes and words is None:
