@@ -370,10 +370,11 @@ def report(model: list[str], data: Texts, output: str | None = None) -> None:
 
 
 def finish(models: "dict[str, Opened]", data: Texts) -> "list[Judged]":
-    from lightning_modules.compression.judging import judge, table
+    from lightning_modules.compression.judging import judge, table, validated
 
     scored = next(iter(models.values())).scores_text
-    found = judge(models, documents(data, "val") if scored else [])
+    tasks = validated(models)
+    found = judge(models, documents(data, "val") if scored else [], tasks)
     print(table(found), flush=True)
     return found
 

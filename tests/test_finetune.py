@@ -70,6 +70,23 @@ def test_a_run_learns_what_a_good_review_is_and_its_folder_says_it_in_a_plain_pi
     assert all(line["score"] == (line["prediction"] == line["label"]) for line in lines)
 
 
+def test_a_validation_leaves_what_it_found_where_it_is_told_to(reviews, encoder, tmp_path, monkeypatch):
+    summary = fit(tmp_path / "run", reviews, encoder, **{"trainer.max_steps": 30, "trainer.val_check_interval": 30})
+    monkeypatch.chdir(tmp_path)
+    config = ["--config", str(tmp_path / "run" / "config.yaml"), "--model.from", str(tmp_path / "run")]
+    before = {file.name for file in tmp_path.iterdir()}
+    run("validate", *config, "--trainer.default_root_dir", str(tmp_path))
+    assert {file.name for file in tmp_path.iterdir()} == before  # nothing in the working folder
+    for verb in ("validate", "test"):
+        run(verb, *config, "--trainer.default_root_dir", str(tmp_path / verb))
+        found = json.loads((tmp_path / verb / "metrics.json").read_text())
+        assert found["by"] == "accuracy" and found["more_is_better"]
+        expected = {name.removeprefix("val_"): v for name, v in summary.items() if name in ("val_accuracy", "val_loss")}
+        assert {name: found["metrics"][name] for name in expected} == pytest.approx(expected, rel=1e-5)
+        lines = [json.loads(line) for line in (tmp_path / verb / "predictions.jsonl").read_text().splitlines()]
+        assert sum(line["score"] for line in lines) / len(lines) == pytest.approx(summary["val_accuracy"], abs=1e-6)
+
+
 def test_without_any_model_or_text_new_weights_learn_functions_of_the_standard_library(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = {"model.architecture.hidden_size": 16, "model.architecture.intermediate_size": 32}

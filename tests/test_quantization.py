@@ -404,13 +404,18 @@ def test_a_model_of_a_task_is_judged_by_its_metric(reviews, encoder, tmp_path, c
     model = ["--model", str(tmp_path / "run"), "--output", str(tmp_path / "small")]
     compress.main(["quantize", *model, "--scheme", "int8-dynamic", "--data.path", str(reviews / "train.csv"),
                    "--data.text_column", "review", "--rows", "8"])  # fmt: skip
-    capsys.readouterr()
-    accuracies = []
-    for folder in ("run/model", "small"):
-        finetune("validate", "--config", str(tmp_path / "run" / "config.yaml"), "--model.from", str(tmp_path / folder))
-        said = capsys.readouterr().out
-        accuracies.append(next(line.split("│")[2] for line in said.splitlines() if "val/accuracy" in line))
-    assert float(accuracies[0]) == pytest.approx(float(accuracies[1]), abs=0.03)
+    assert "accuracy" in capsys.readouterr().out  # the step itself says what it costs at the task
+    models = [str(tmp_path / "run"), str(tmp_path / "small")]
+    compress.main(["report", "--model", *models, "--output", str(tmp_path / "report")])
+    whole, small = json.loads((tmp_path / "report" / "report.json").read_text()).values()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {name: whole[name] for name in ("accuracy", "f1_macro", "loss")} == pytest.approx(
+        {name: summary[f"val_{name}"] for name in ("accuracy", "f1_macro", "loss")}, rel=1e-5
+    )
+    change = small["accuracy"] - whole["accuracy"]
+    assert small["score_change_low"] <= change + 1e-6 and change - 1e-6 <= small["score_change_high"]
+    assert abs(change) < 0.03 and "score_change_low" not in whole
+    assert (tmp_path / "report" / "report.png").stat().st_size > 10_000
     with pytest.raises(SystemExit):
         finetune("fit", *data, *length, "--model.from", str(tmp_path / "small"))
     assert "has few bits; pass the model that it was made from" in capsys.readouterr().err

@@ -99,12 +99,11 @@ def train_control(trainer: Trainer, module: Taught, folder: Path) -> bool:
     }
     folder.mkdir(exist_ok=True)
     print(f"training the student without a teacher on the same {int(module.tokens):,} tokens", file=sys.stderr)
-    environment = {name: value for name, value in os.environ.items() if name not in OF_THIS_RUN}
     words = [f"--{name}={value}" for name, value in flags.items()]
     words += [f"--allow_import={name}" for name in take_flag("--allow_import", sys.argv[1:])[1]]
     with (folder / "log").open("a") as log:
         command = [sys.executable, sys.argv[0], "fit", *words]
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=other_run(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             code = process.wait()
         finally:
@@ -113,6 +112,11 @@ def train_control(trainer: Trainer, module: Taught, folder: Path) -> bool:
         last = (folder / "log").read_text().strip().splitlines()[-1:]
         print(f"warning: it ended with {code}: {' '.join(last)} ({folder / 'log'})", file=sys.stderr)
     return code == 0
+
+
+def other_run() -> dict[str, str]:
+    """The environment of another run, which this one starts."""
+    return {name: value for name, value in os.environ.items() if name not in OF_THIS_RUN}
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from lightning_modules.callbacks.report import best_by
 from lightning_modules.finetune import FineTune
 from lightning_modules.redaction import redacted
 
+METRICS = "metrics.json"
 SHOWN = 64
 """Examples in the table of W&B."""
 
@@ -56,7 +57,10 @@ def _lines(trainer: Trainer, predictions: dict[int, dict[str, object]]) -> list[
 
 class HeldOutPredictions(Callback):
     """predictions.jsonl in a run's folder, of the best validation so far: what an example is, and what the model makes
-    of it. To W&B a table of some, errors first."""
+    of it. To W&B a table of some, errors first.
+
+    `validate` and `test` write it, and metrics.json, where --trainer.default_root_dir names a folder.
+    """
 
     def __init__(self) -> None:
         self.best: float | None = None
@@ -64,18 +68,20 @@ class HeldOutPredictions(Callback):
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not isinstance(module, FineTune):
             return
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            module.predictions.clear()
-            return
         found, module.predictions = module.predictions, {}
+        if trainer.sanity_checking:
+            return
         name, sign = best_by(trainer)
+        if trainer.state.fn != "fit":
+            if trainer.is_global_zero and Path(trainer.default_root_dir).resolve() != Path.cwd():
+                _write(trainer, found, {"by": name, "more_is_better": sign < 0})
+            return
         figure = sign * float(trainer.callback_metrics[f"val/{name}"])
         if not trainer.is_global_zero or (self.best is not None and figure >= self.best):
             return
         self.best = figure
         lines = _lines(trainer, found)
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (Path(trainer.default_root_dir) / "predictions.jsonl").write_text(text)  # the user's own examples, as they are
+        _write_lines(Path(trainer.default_root_dir), lines)
         errors_first = sorted(lines, key=lambda line: (line["score"], line["row"]))[:SHOWN]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and errors_first:
@@ -83,8 +89,23 @@ class HeldOutPredictions(Callback):
                 rows = [[redacted(str(line[column])) for column in columns] for line in errors_first]
                 logger.log_text("predictions", columns=columns, data=rows)
 
+    on_test_end = on_validation_end
+
     def state_dict(self) -> dict:
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.best = state_dict["best"]
+
+
+def _write_lines(folder: Path, lines: list[dict[str, object]]) -> None:
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (folder / "predictions.jsonl").write_text(text)  # the user's own examples, as they are
+
+
+def _write(trainer: Trainer, predictions: dict[int, dict[str, object]], about: dict[str, object]) -> None:
+    folder, metrics = Path(trainer.default_root_dir), trainer.callback_metrics
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_lines(folder, _lines(trainer, predictions))
+    found = {name.partition("/")[2]: float(value) for name, value in metrics.items() if "/" in name}
+    (folder / METRICS).write_text(json.dumps(about | {"metrics": found}, indent=2) + "\n")

@@ -1,0 +1,65 @@
+"""What a model is worth at the task that it was fine-tuned for: its own validation, in a process of its own."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from lightning_modules.callbacks.comparison import other_run
+from lightning_modules.callbacks.predictions import METRICS
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "finetune.py"
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """A validation of fine-tuning.
+
+    Args:
+        by: The metric that the run was kept by, and whether more of it is better.
+        metrics: All of them.
+        scores_D: Of each example, as predictions.jsonl has it: 1 or 0 of labels, F1 of answers, of texts the task's
+            own measure of a sentence.
+    """
+
+    by: str
+    more_is_better: bool
+    metrics: dict[str, float]
+    scores_D: np.ndarray
+
+    @property
+    def metric(self) -> float:
+        return self.metrics[self.by]
+
+
+def task_config(folder: str) -> Path | None:
+    """The config.yaml of the fine-tuning whose run or model lies there; None if there is none."""
+    for place in (Path(folder), Path(folder).parent):
+        try:
+            config = yaml.safe_load((place / "config.yaml").read_text())
+        except (OSError, yaml.YAMLError):
+            continue
+        if isinstance(config, dict) and "from" in ((config.get("model") or {}).get("init_args") or {}):
+            return place / "config.yaml"
+    return None
+
+
+def task_scores(config: Path, model: str) -> TaskScores:
+    """Raises ValueError with the last line that the validation said, where it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {"config": config, "model.from": model, "model.adapter": "null", "trainer.default_root_dir": folder}
+        flags |= {"trainer.strategy": "auto", "trainer.devices": 1, "trainer.num_nodes": 1}
+        words = [sys.executable, str(RECIPE), "validate", *(f"--{name}={value}" for name, value in flags.items())]
+        process = subprocess.run(words, env=other_run(), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if process.returncode:
+            last = process.stderr.strip().splitlines()[-1:]
+            raise ValueError(f"the validation of {model} by {config} failed: {' '.join(last)}")
+        found = json.loads((Path(folder) / METRICS).read_text())
+        lines = (Path(folder) / "predictions.jsonl").read_text().splitlines()
+    scores = [score for _, score in sorted((line["row"], line["score"]) for line in map(json.loads, lines))]
+    return TaskScores(found["by"], found["more_is_better"], found["metrics"], np.array(scores, float))
