@@ -1,4 +1,5 @@
-"""What compression costs and what wins it back, on a model that pretraining leaves after 20 minutes.
+"""What compression costs and what wins it back: of a model that pretraining leaves after 20 minutes, and of real ones,
+stories260K and MiniLM, where they and their data are here.
 
 Run:
     python benchmarks/run.py --only compressing --keep runs/compressing --page docs/benchmarks.md      about 1.5 hours
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from page import ROOT, Goal, Table
+from tasks import models as models_here
+from teaching import write_stories
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from turns import environment
 
@@ -82,7 +85,7 @@ class Steps:
         return json.loads((place / "report.json").read_text())
 
 
-def tables(keep: Path | None) -> Iterator[Table]:
+def tables(keep: Path | None, data_folder: Path) -> Iterator[Table]:
     with tempfile.TemporaryDirectory() as temporary:
         steps = Steps((keep or Path(temporary)).absolute())
         source = steps.train("source", PRETRAINING) / "model"
@@ -91,6 +94,83 @@ def tables(keep: Path | None) -> Iterator[Table]:
         yield sparsity(steps, source)
         yield pipeline(steps, source)
         yield searched(steps, source)
+        here = models_here(data_folder)
+        if "stories" in here:
+            yield of_stories(steps, Path(here["stories"]), data_folder / "lm_tinystories" / "stories.txt")
+        if "minilm" in here and (data_folder / "sent_sst2").is_dir():
+            yield of_labels(steps, here["minilm"], data_folder / "sent_sst2")
+
+
+def of_stories(steps: Steps, source: Path, stories: Path) -> Table:
+    """260,032 parameters, trained on more of these stories than are here."""
+    text = f"--data.path {write_stories(stories, steps.folder / 'stories.jsonl')}"
+    short = f"{text} --data.cross_document_attention false --trainer.max_steps 200 --trainer.val_check_interval 200"
+    quantize = {
+        "int8": "--scheme int8",
+        "int4": "--scheme int4",
+        "int4, to the nearest": "--scheme int4 --rounding nearest",
+    }
+    models = {"as it is, float32": source}
+    for name, flags in quantize.items():
+        place = "stories-" + name.replace(" ", "-").replace(",", "")
+        models[name] = steps.do(place, compress("quantize", source, f"{flags} {text}"), "--output")
+    for name, flags in SPARSE.items():
+        place = "stories-" + name.replace(" ", "-").replace("%", "").replace(":", "")
+        models[name] = steps.do(place, compress("prune", source, f"{flags} {text}"), "--output")
+    pruned = steps.do("stories-pruned", compress("prune", source, f"--parameters 0.67 {text}"), "--output")
+    models["two thirds of the parameters"] = pruned
+    trained = steps.train("stories-taught", compress("train", pruned, short))
+    models["two thirds, 200 steps of distillation"] = trained / "model"
+    figures = steps.report("of-stories", list(models.values()), f"{text} --data.max_val_documents 256")
+    return Table(
+        "Compression of stories260K",
+        "python benchmarks/run.py --only compressing",
+        COLUMNS,
+        [row(name, figures, model, source) for name, model in models.items()],
+        "Held-out stories, each from its beginning.",
+    )
+
+
+def of_labels(steps: Steps, minilm: str, data: Path) -> Table:
+    text = f"--data.path {data}/train.tsv"
+    both = f"{text} --data.val_path {data}/dev.tsv"
+    fit = "recipes/finetune.py fit --config recipes/finetune_sentiment.yaml --trainer.max_time null"
+    flags = f"--model.from {minilm} {both} --model.optimizer.lr 5e-5 --trainer.max_epochs 3 --ckpt_path last"
+    run = steps.do("labels", f"{fit} {flags}", "--trainer.default_root_dir")
+    source, rows = run / "model", "--rows 256"
+    models = {"as it was tuned, bf16": source}
+    for name, flags in {"int8": "--scheme int8", "int4": "--scheme int4", "int2": "--scheme int2"}.items():
+        models[name] = steps.do(f"labels-{name}", compress("quantize", source, f"{flags} {text} {rows}"), "--output")
+    pruned = steps.do("labels-pruned", compress("prune", source, f"--parameters 0.67 {text} {rows}"), "--output")
+    models["two thirds of the parameters"] = pruned
+    for name, flags in list(SPARSE.items())[:2]:
+        place = "labels-" + name.replace(" ", "-").replace("%", "")
+        models[name] = steps.do(place, compress("prune", source, f"{flags} {text} {rows}"), "--output")
+    epoch = f"{both} --trainer.max_epochs 1 --ckpt_path last"
+    for name, of, more in (("int2, trained for an epoch", source, "--qat int2"), ("two thirds, an epoch", pruned, "")):
+        place = "labels-qat" if more else "labels-taught"
+        trained = steps.do(place, compress("train", of, f"{more} {epoch}"), "--trainer.default_root_dir")
+        models[name] = trained / ("model-int2" if more else "model")
+    figures = steps.report("of-labels", list(models.values()))
+    whole, shown = figures[str(source)], []
+    for name, model in models.items():
+        found = figures[str(model)]
+        size, ms = of_float32(figures, model, source), found["prompt_ms"] / whole["prompt_ms"]
+        low, high = (f"{100 * found[end]:+.1f}" if end in found else "" for end in CHANGES)
+        change = "" if model == source else f"{100 * (found['accuracy'] - whole['accuracy']):+.1f} ({low} to {high})"
+        shown.append(
+            [name, f"{found['bytes']:,}", f"{size:.3f}", f"{100 * found['accuracy']:.1f} %", change, f"{ms:.2f}"]
+        )
+    return Table(
+        "Compression of MiniLM, fine-tuned on SST-2",
+        "python benchmarks/run.py --only compressing",
+        ["", "bytes", "of float32", "accuracy", "points more (95 % of examples drawn anew)", "time of a text"],
+        shown,
+        "872 held-out sentences; half of its parameters are embeddings, in 8 bits.",
+    )
+
+
+CHANGES = ("score_change_low", "score_change_high")
 
 
 def compress(verb: str, source: Path, flags: str) -> str:

@@ -127,7 +127,7 @@ def measured(options: argparse.Namespace) -> Iterator[list[Table]]:
         found = teaching.tables(options.lessons, options.data_folder, options.keep, options.seeds)
         yield from ([table] for table in found)
     if "compressing" in wanted:
-        yield from ([table] for table in compressing.tables(options.keep))
+        yield from ([table] for table in compressing.tables(options.keep, options.data_folder))
     if "peer_distillation" in wanted:
         yield peer_distillation.tables(options.trl_python, cores, options.rounds, options.turn_seconds)
     if "planned" in wanted:

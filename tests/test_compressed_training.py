@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_modules.callbacks.changed_weights import ChangedWeights
 from lightning_modules.callbacks.sparse_weights import SparseWeights
@@ -166,6 +166,16 @@ def test_a_task_is_trained_by_its_own_recipe(decoder, encoder):
     assert words[-2:] == ["--trainer.max_steps", "7"]
     assert f"--model.student={decoder}" in words and f"--model.teacher={decoder}" in words
     assert any("SparseWeights" in word for word in words) and "--trainer.callbacks.scheme=int4" in words
+    assert not any("optimizer" in word for word in words)
+
+
+def test_a_trained_model_of_labels_is_not_trained_at_the_rate_of_new_weights(encoder, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(encoder).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path)
+    words = words_of(tmp_path, qat="int4")
+    assert "--model=ClassificationDistillation" in words and "--model.optimizer.lr=0.0001" in words
+    own = ["--model.optimizer.lr=0.5"]
+    assert [word for word in words_of(tmp_path, *own, qat="int4") if "optimizer" in word] == own
 
 
 def test_a_model_is_trained_by_the_one_that_it_was_made_of(decoder, texts, tmp_path):

@@ -34,6 +34,8 @@ RUNS = {
     AutoModelForQuestionAnswering: ("QuestionAnsweringDistillation", "distill_question_answering.yaml"),
 }
 """The class that a model is trained by, and the YAML with its settings."""
+RATES = {"distill_sentiment.yaml": 1e-4, "distill_question_answering.yaml": 1e-4}
+"""Of YAMLs whose learning rate is for new weights."""
 ASKED = "asked.json"
 """In a folder of several steps, what they are for."""
 CALLBACKS = "lightning_modules.callbacks"
@@ -89,6 +91,8 @@ def command(recipes: Path, model: str, methods: Methods, rest: list[str]) -> lis
     words = [sys.executable, str(recipes / "distill.py"), "fit"]
     if not given & {"--config", "-c"}:
         words += ["--config", str(recipes / yaml), f"--model={module}"]
+        if yaml in RATES and not any(name.startswith("--model.optimizer") for name in given):
+            words.append(f"--model.optimizer.lr={RATES[yaml]:g}")
     words.append(f"--model.student={folder}")
     if "--model.teacher" not in given:
         words.append(f"--model.teacher={teacher_of(folder, str(about['source']))}")
