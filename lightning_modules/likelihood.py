@@ -75,6 +75,16 @@ def causal_rows(ids: Sequence[int], start_id: int | None, seq_len: int, stride: 
             return
 
 
+def masked_places(
+    ids: Sequence[int], places: Iterable[int], mask_id: int, before: Sequence[int], after: Sequence[int]
+) -> Iterator[Row]:
+    """A row for each of some places of a text, with this token masked; special tokens stand around it."""
+    for place in places:
+        masked = [*before, *ids, *after]
+        masked[len(before) + place] = mask_id
+        yield Row(masked, [len(before) + place], [ids[place]])
+
+
 def masked_rows(
     ids: Sequence[int], mask_id: int, before: Sequence[int], after: Sequence[int], seq_len: int, stride: int
 ) -> Iterator[Row]:
@@ -90,11 +100,7 @@ def masked_rows(
         window = ids[begin : begin + width]
         last = begin + width >= len(ids)
         end = len(ids) if last else begin + margin + stride
-        for position in range(scored - begin, end - begin):
-            masked = [*before, *window, *after]
-            column = len(before) + position
-            masked[column] = mask_id
-            yield Row(masked, [column], [window[position]])
+        yield from masked_places(window, range(scored - begin, end - begin), mask_id, before, after)
         scored = end
         if last:
             return
@@ -123,8 +129,8 @@ def head_only_at(model: PreTrainedModel, rows_N: Tensor, columns_N: Tensor) -> I
 
 
 @torch.inference_mode()
-def token_nats(model: PreTrainedModel, rows: Sequence[Row], *, mask_padding: bool) -> Tensor:
-    """(N,) float64: -log p of every target of the rows, row after row.
+def token_scores(model: PreTrainedModel, rows: Sequence[Row], *, mask_padding: bool) -> tuple[Tensor, Tensor]:
+    """-log p of every target of the rows, row after row, (N,) float64; and whether it is the most probable, (N,) bool.
 
     Rows are padded on the right. A causal model cannot see that far and needs no `mask_padding`, which would cost it
     the fast attention kernels; a bidirectional one needs it.
@@ -142,11 +148,16 @@ def token_nats(model: PreTrainedModel, rows: Sequence[Row], *, mask_padding: boo
         logits = model(input_ids=ids_BT.to(model.device), **padding).logits
     logits_NV = logits[rows_N, columns_N] if logits.shape[:2] == ids_BT.shape else logits[0]
     chunk = max(1, SOFTMAX_LOGITS // logits_NV.shape[-1])
-    nats = [
-        F.cross_entropy(logits_nV.float(), targets_n, reduction="none")
-        for logits_nV, targets_n in zip(logits_NV.split(chunk), targets_N.split(chunk), strict=True)
-    ]
-    return torch.cat(nats).double().cpu()
+    nats, is_best = [], []
+    for logits_nV, targets_n in zip(logits_NV.split(chunk), targets_N.split(chunk), strict=True):
+        nats.append(F.cross_entropy(logits_nV.float(), targets_n, reduction="none"))
+        is_best.append(logits_nV.argmax(-1) == targets_n)
+    return torch.cat(nats).double().cpu(), torch.cat(is_best).cpu()
+
+
+def token_nats(model: PreTrainedModel, rows: Sequence[Row], *, mask_padding: bool) -> Tensor:
+    """The first of `token_scores`."""
+    return token_scores(model, rows, mask_padding=mask_padding)[0]
 
 
 def batches_by_length(rows: Iterable[Row], batch_size: int | None, max_tokens: int) -> Iterator[list[Row]]:

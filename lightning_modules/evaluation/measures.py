@@ -1,0 +1,87 @@
+"""What is counted over documents, questions or pairs: figures of its means, their intervals, and the same by group.
+
+Shape suffixes: D documents, questions or pairs, S draws.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lightning_modules.bootstrap import FEWEST, Interval, interval, sums
+
+Means = dict[str, np.ndarray]
+
+
+@dataclass
+class Measures:
+    """Of one file or text.
+
+    Args:
+        each: By its name what every one of them counts, (D,).
+        groups: The group of each, "" where there is none.
+        figures_of: Figures by name, from the means of what is counted. Left out: these means. The first is what is
+            judged by.
+        chance: What would come of guessing, of figures by name.
+    """
+
+    each: dict[str, np.ndarray]
+    groups: list[str]
+    figures_of: dict[str, Callable[[Means], np.ndarray]] = field(default_factory=dict)
+    chance: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def figures(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self._figures(self.means()).items()}
+
+    def intervals(self) -> dict[str, Interval]:
+        """{} of too few."""
+        if len(self) < FEWEST:
+            return {}
+        means_S = dict(zip(self.each, (s / len(self) for s in sums(*self.each.values())), strict=True))
+        return {name: interval(values_S) for name, values_S in self._figures(means_S).items()}
+
+    def means(self) -> Means:
+        return {name: values_D.mean() for name, values_D in self.each.items()}
+
+    def by_group(self) -> dict[str, "Measures"]:
+        """{} where all are of one."""
+        names, of_D = sorted(set(self.groups)), np.array(self.groups)
+        if len(names) < 2:
+            return {}
+        return {name: self.of(of_D == name) for name in names}
+
+    def of(self, which_D: np.ndarray) -> "Measures":
+        each = {name: values_D[which_D] for name, values_D in self.each.items()}
+        groups = [group for group, is_in in zip(self.groups, which_D, strict=True) if is_in]
+        return Measures(each, groups, self.figures_of, self.chance)
+
+    def _figures(self, means: Means) -> Means:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return {name: figure(means) for name, figure in self.figures_of.items()} if self.figures_of else means
+
+    def summary(self) -> dict[str, object]:
+        """All of it, for JSON."""
+        intervals = {name: list(ends) for name, ends in self.intervals().items()}
+        found: dict[str, object] = {"count": len(self)} | self.figures() | {"intervals": intervals}
+        groups = {name: part.summary() for name, part in self.by_group().items()}
+        return found | ({"chance": self.chance} if self.chance else {}) | ({"groups": groups} if groups else {})
+
+    def lines(self) -> list[str]:
+        """A line for each figure, and for the first of each group."""
+        chance = {name: f"   by chance {value:.4g}" for name, value in self.chance.items()}
+        lines = [
+            f"  {name.replace('_', ' '):<22}{words}{chance.get(name, '')}" for name, words in self._in_words().items()
+        ]
+        groups = self.by_group()
+        width = max(map(len, groups), default=0)
+        for name, part in groups.items():
+            lines.append(f"    {name:<{width}}  {len(part):>6,}  {next(iter(part._in_words().values()))}")
+        return lines
+
+    def _in_words(self) -> dict[str, str]:
+        intervals = self.intervals()
+        ends = {name: f"({low:.4g} to {high:.4g})" for name, (low, high) in intervals.items()}
+        return {name: f"{value:>10.4f}  {ends.get(name, ''):<22}".rstrip() for name, value in self.figures().items()}

@@ -1,0 +1,412 @@
+"""What models are judged by besides the loss: as lm-eval does, at chance by chance, whatever the batches."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, GPT2Config, LlamaConfig
+
+from datamodules import bias_rows
+from datamodules.files import BadRows
+from datamodules.questions import Question, read_questions
+from datamodules.tokenization import byte_tokenizer, load_tokenizer
+from lightning_modules.bootstrap import of_mean, of_ratio
+from lightning_modules.evaluation import bias, choices
+from lightning_modules.evaluation.continuations import Continuations, Pair
+from lightning_modules.evaluation.measures import Measures
+from lightning_modules.likelihood import Scorer
+from recipes import score
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+PAIRS = [
+    Pair("the film was", " fine"),
+    Pair("the film was ", "dull and long"),
+    Pair("", "a sentence alone"),
+    Pair("x", " y"),
+    Pair("the film was", " grey"),
+]
+
+
+def causal(uniform: bool = False) -> tuple:
+    tokenizer = byte_tokenizer("causal")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.2, **SMALL)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if uniform:
+        torch.nn.init.zeros_(model.lm_head.weight)
+    return model, tokenizer
+
+
+def masked(uniform: bool = False) -> tuple:
+    tokenizer = byte_tokenizer("masked")
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.2, **SMALL)
+    model = AutoModelForMaskedLM.from_config(config).eval()
+    if uniform:
+        model.tie_weights = lambda *_, **__: None
+        model.cls.predictions.decoder.weight = torch.nn.Parameter(
+            torch.zeros_like(model.cls.predictions.decoder.weight)
+        )
+    return model, tokenizer
+
+
+def continuations(made: tuple, is_masked: bool = False, **settings) -> Continuations:
+    return Continuations(*made, is_masked, 64, **settings)
+
+
+# The probability of what goes on
+
+
+def test_a_continuation_is_as_probable_as_its_tokens_after_the_context():
+    model, tokenizer = causal()
+    for pair, found in zip(PAIRS, continuations((model, tokenizer))(PAIRS), strict=True):
+        ids = tokenizer(pair.context + pair.continuation, return_tensors="pt")["input_ids"][0]
+        count = len(pair.continuation.encode()) + (len(pair.context) - len(pair.context.rstrip()))
+        if not pair.context:
+            ids = torch.cat([torch.tensor([tokenizer.bos_token_id]), ids])
+        with torch.no_grad():
+            logs = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        nats = -logs.gather(1, ids[1:, None])[-count:].sum()
+        assert found.nats == pytest.approx(float(nats), rel=1e-5) and found.tokens == count
+        assert found.is_greedy == bool((logs.argmax(-1) == ids[1:])[-count:].all())
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_batches_change_nothing(is_masked):
+    found = continuations((masked if is_masked else causal)(), is_masked)
+    one, many = found(PAIRS, batch_size=1), found(PAIRS)
+    assert [a.nats for a in one] == pytest.approx([a.nats for a in many], rel=1e-5)
+    assert [(a.tokens, a.is_greedy) for a in one] == [(a.tokens, a.is_greedy) for a in many]
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_a_sentence_alone_is_scored_as_a_text(is_masked):
+    model, tokenizer = (masked if is_masked else causal)()
+    (found,) = continuations((model, tokenizer), is_masked)([Pair("", "a sentence alone")])
+    total = Scorer(model, tokenizer, is_masked, 64, None, None, "a").score(["a sentence alone"])
+    assert found.nats == pytest.approx(total.nats, rel=1e-5) and found.tokens == total.tokens
+
+
+def test_of_what_is_too_long_the_end_is_read():
+    score = continuations(causal())
+    (cut,) = score([Pair("y" * 100 + "x" * 61, "zzzz")])
+    (same,) = score([Pair("x" * 61, "zzzz")])
+    assert cut.nats == pytest.approx(same.nats, rel=1e-5)
+    (longer,) = score([Pair("y", "z" * 90)])
+    assert longer.tokens == 64
+
+
+def test_choices_of_one_token_are_read_once():
+    score, reads = continuations(causal()), []
+    score.model.register_forward_pre_hook(
+        lambda _, args, kwargs: reads.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    together = score([Pair("Answer:", letter) for letter in "ABCD"])
+    assert sum(reads) == 1
+    alone = [score([Pair("Answer:", letter)])[0] for letter in "ABCD"]
+    assert [found.nats for found in together] == pytest.approx([found.nats for found in alone], rel=1e-5)
+
+
+def test_a_document_begins_where_it_is_told_to():
+    model, tokenizer = causal()
+    rows = [next(continuations((model, tokenizer), document_start=begins).rows(PAIRS[0])) for begins in (True, False)]
+    assert rows[0].input_ids == [tokenizer.bos_token_id, *rows[1].input_ids]
+
+
+# Questions
+
+
+def test_rows_are_read_in_the_forms_that_they_are_published_in(tmp_path):
+    about = "The following are multiple choice questions (with answers) about high school.\n\n"
+    rows = {
+        "ready": ({"query": "q", "choices": ["a", "b"], "gold": 1}, ("q", " b", 1)),
+        "mmlu": (
+            {"subject": "high_school", "question": " why? ", "choices": ["x", "y"], "answer": "B"},
+            (f"{about}why?\nA. x\nB. y\nAnswer:", " B", 1),
+        ),
+        "arc": (
+            {"question": "why", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
+            ("Question: why\nAnswer:", " y", 1),
+        ),
+        "copa": (
+            {"premise": "It rained.", "question": "cause", "choice1": "Clouds.", "choice2": "Sun.", "label": 0},
+            ("It rained because", " clouds.", 0),
+        ),
+        "hellaswag": (
+            {"ctx_a": "He [header] runs", "ctx_b": "he", "endings": ["x", "falls [title] y"], "label": "1",
+             "activity_label": "Run"},
+            ("Run: He runs He", " falls. y", 1),
+        ),
+        "piqa": ({"goal": "g", "sol1": "s", "sol2": "t", "label": 1}, ("Question: g\nAnswer:", " t", 1)),
+        "winogrande": (
+            {"context_options": ["He because Ann", "He because Bob"], "continuation": "fell.", "gold": 1},
+            ("He because Bob", " fell.", 1),
+        ),
+    }  # fmt: skip
+    for name, (row, (context, answer, gold)) in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        (question,) = read_questions(tmp_path / f"{name}.jsonl", "choices", BadRows(False))
+        assert question.gold == gold and question.pairs()[gold] == (context, answer), name
+    (tmp_path / "words.jsonl").write_text('{"text": "to be or not"}\n{"context": "to be ", "continuation": "or"}\n')
+    blanks = list(read_questions(tmp_path / "words.jsonl", "cloze", BadRows(False)))
+    assert [blank.pairs()[0] for blank in blanks] == [("to be or", " not"), ("to be ", "or")]
+
+
+def test_a_row_that_is_no_question_is_named_or_counted(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"query": "q", "choices": ["a"], "gold": 3}\n{"text": "x y"}\n')
+    with pytest.raises(ValueError, match="rows.jsonl, row 1: wants query, choices and gold"):
+        list(read_questions(tmp_path / "rows.jsonl", "choices", BadRows(False)))
+    bad_rows = BadRows(True)
+    assert (
+        list(read_questions(tmp_path / "rows.jsonl", "choices", bad_rows)) == [] and sum(bad_rows.skipped.values()) == 2
+    )
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_a_model_that_knows_nothing_scores_chance(is_masked):
+    score = continuations((masked if is_masked else causal)(uniform=True), is_masked)
+    rng = np.random.default_rng(0)
+    questions = [
+        Question(("q",) * 4, tuple("".join(rng.choice(list("abc"), 3)) for _ in range(4)), int(rng.integers(4)))
+        for _ in range(20)
+    ]
+    found = choices.choices(questions, choices.answered(questions, score))
+    assert found.figures() == pytest.approx({"accuracy": 0.25, "accuracy_by_length": 0.25})
+    good = [Question(("", ""), ("a good one", "a bad oned"), 0, "set") for _ in range(8)]
+    assert choices.pairs(good, choices.answered(good, score)).figures()["accuracy"] == 0.5
+    contrast = [bias_rows.Contrast("he is a nurse", "xx is a nurse", "g")] * 8
+    assert bias.contrasts(contrast, score).figures()["prefers_stereotype"] == 0.5
+    words = {"stereotype": "aa", "anti-stereotype": "bb", "unrelated": "cc"}
+    texts = [bias_rows.Association("they are BLANK.", words, "race", "race/them")] * 8
+    assert bias.associations(texts, score).figures() == pytest.approx(
+        {"stereotype_score": 50, "lm_score": 50, "icat": 50}
+    )
+
+
+def test_what_a_model_finds_probable_is_what_it_answers():
+    model, tokenizer = causal()
+    score = continuations((model, tokenizer))
+    answers = ("fine", "dull", "grey")
+    nats = [found.nats for found in score([Pair("the film was", f" {answer}") for answer in answers])]
+    best = int(np.argmin(nats))
+    questions = [Question(("the film was",) * 3, answers, gold) for gold in range(3)]
+    each = choices.choices(questions, choices.answered(questions, score)).each["accuracy"]
+    assert each.tolist() == [float(gold == best) for gold in range(3)]
+
+
+# Bias
+
+
+def test_only_what_two_sentences_share_counts_in_a_masked_model():
+    model, tokenizer = masked()
+    score = continuations((model, tokenizer), True)
+    more, less = "he is kind", "she is kind"
+    found = bias.contrasts([bias_rows.Contrast(more, less, "g")], score)
+    nats = []
+    for text, gone in ((more, 0), (less, 1)):  # the s of she is what differs
+        ids = score.plain(text)
+        total = 0.0
+        for place in range(gone, len(ids)):
+            row = [*score.around[0], *ids, *score.around[1]]
+            target, row[len(score.around[0]) + place] = ids[place], tokenizer.mask_token_id
+            with torch.no_grad():
+                logits = model(torch.tensor([row])).logits[0, len(score.around[0]) + place]
+            total -= float(logits.log_softmax(-1)[target])
+        nats.append(total)
+    assert found.figures()["nats_between"] == pytest.approx(nats[1] - nats[0], rel=1e-4)
+
+
+def test_published_files_of_bias_are_read(tmp_path):
+    (tmp_path / "crows.csv").write_text(",sent_more,sent_less,stereo_antistereo,bias_type\n0,a b,c b,stereo,age\n")
+    assert list(bias_rows.read_crows_pairs(tmp_path / "crows.csv", BadRows(False))) == [
+        bias_rows.Contrast("a b", "c b", "age")
+    ]
+    (tmp_path / "pro_stereotyped_type1.txt.dev").write_text("1 [The nurse] said [she] left.\n")
+    (tmp_path / "anti_stereotyped_type1.txt.dev").write_text("1 [The nurse] said [he] left.\n")
+    files = sorted(tmp_path.glob("*_stereotyped_*"))
+    (pair,) = bias_rows.read_winobias(files)
+    assert (pair.more, pair.less, pair.group) == ("The nurse said she left.", "The nurse said he left.", "type1")
+    with pytest.raises(ValueError, match="lies beside no anti_stereotyped_type1"):
+        list(bias_rows.read_winobias([tmp_path / "pro_stereotyped_type1.txt.dev"]))
+    kinds = ("stereotype", "anti-stereotype", "unrelated")
+    sentences = [
+        {"sentence": f"They are {word}.", "gold_label": k} for word, k in zip(("x y", "z", "q"), kinds, strict=True)
+    ]
+    row = {"context": "They are BLANK.", "bias_type": "race", "target": "them", "sentences": sentences}
+    (tmp_path / "dev.json").write_text(json.dumps({"data": {"intrasentence": [row], "intersentence": []}}))
+    (found,) = bias_rows.read_stereoset(tmp_path / "dev.json")
+    assert list(found.texts.values()) == ["x y", "z", "q"]
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no file of StereoSet"):
+        list(bias_rows.read_stereoset(tmp_path / "other.json"))
+
+
+def bbq_row(condition: str, polarity: str, label: int) -> dict:
+    return {
+        "context": "c", "question": "who?", "ans0": "The old man", "ans1": "The young man", "ans2": "Not known",
+        "answer_info": {"ans0": ["grandfather", "old"], "ans1": ["boy", "nonOld"], "ans2": ["not known", "unknown"]},
+        "additional_metadata": {"stereotyped_groups": ["old"]}, "context_condition": condition,
+        "question_polarity": polarity, "category": "Age", "label": label,
+    }  # fmt: skip
+
+
+def test_bias_of_questions_is_counted_as_its_paper_does(tmp_path, monkeypatch):
+    rows = [bbq_row("ambig", "neg", 2), bbq_row("ambig", "nonneg", 2), bbq_row("disambig", "neg", 1)]
+    rows += [bbq_row("disambig", "nonneg", 0)] * 5
+    (tmp_path / "age.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = list(bias_rows.read_bbq(tmp_path / "age.jsonl", BadRows(False)))
+    assert [row.biased for row in read[:4]] == [0, 1, 0, 1] and all(row.unknown == 2 for row in read)
+    said = [0, 2, 0, 1, 1, 0, 0, 2]
+    from lightning_modules.evaluation.continuations import Found
+
+    answers = [[Found(float(place != one), 1, False) for place in range(3)] for one in said]
+    monkeypatch.setattr(bias, "answered", lambda *_: answers)
+    found = bias.bias_questions(read, None).figures()
+    # Of the clear ones 5 name somebody, 3 of them as the stereotype has it.
+    assert found["bias_clear"] == pytest.approx(2 * 3 / 5 - 1)
+    assert found["bias_ambiguous"] == pytest.approx((1 - 0.5) * (2 * 1 / 1 - 1))
+    assert found["accuracy_ambiguous"] == 0.5 and found["accuracy_clear"] == pytest.approx(2 / 6)
+
+
+def test_scores_of_associations_are_means_over_those_they_are_about():
+    class Fixed:
+        masked = False
+
+        def rows(self, pair):
+            return pair.continuation
+
+        def of_rows(self, parts, _):
+            from lightning_modules.evaluation.continuations import Found
+
+            return [Found({"a": 1.0, "b": 2.0, "c": 3.0}[part[-1]], 1, False) for part in parts]
+
+    def row(target: str, *words: str) -> bias_rows.Association:
+        return bias_rows.Association("they are BLANK", dict(zip(bias.KINDS, words, strict=True)), "race", target)
+
+    rows = [row("x", "a", "b", "c"), row("x", "a", "b", "c"), row("x", "a", "c", "b"), row("y", "b", "a", "c")]
+    found = bias.associations(rows, Fixed()).figures()
+    assert found["stereotype_score"] == pytest.approx((100 + 0) / 2)
+    assert found["lm_score"] == pytest.approx((100 * (1 + 1 + 0.5) / 3 + 100) / 2)
+    assert found["icat"] == pytest.approx(found["lm_score"])
+
+
+# Intervals
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        low, high = of_mean((rng.random(100) < 0.3).astype(float))
+        inside += low <= 0.3 <= high
+    assert 0.88 <= inside / 200 <= 0.99
+    assert of_mean(np.ones(5)) is None and of_ratio(np.ones(5), np.ones(5)) is None
+    assert of_ratio(np.full(9, 3.0), np.full(9, 2.0)) == pytest.approx((1.5, 1.5))
+
+
+def test_figures_of_means_have_intervals_and_groups():
+    measures = Measures(
+        {"nats": np.arange(1.0, 13.0)}, ["a"] * 6 + ["b"] * 6, {"perplexity": lambda m: np.exp(m["nats"])}
+    )
+    low, high = measures.intervals()["perplexity"]
+    assert low < math.exp(6.5) < high
+    groups = measures.by_group()
+    assert groups["a"].figures()["perplexity"] == pytest.approx(math.exp(3.5)) and len(groups["b"]) == 6
+    assert measures.summary()["groups"]["b"]["count"] == 6
+
+
+# The command
+
+
+def test_a_folder_is_judged_by_files_of_questions(tmp_path, capsys):
+    for part in causal():
+        part.save_pretrained(tmp_path / "model")
+    rows = [{"query": f"q{i}", "choices": ["a", "bc"], "gold": i % 2, "category": "ab"[i % 2]} for i in range(12)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "data" / "README.md").write_text("no rows")
+    words = ["--model", str(tmp_path / "model"), "--task", "choices", "--data.path", str(tmp_path / "data")]
+    score.main([*words, "--json"])
+    (found,) = json.loads(capsys.readouterr().out)["files"].values()
+    assert found["count"] == 12 and found["chance"]["accuracy"] == 0.5 and set(found["groups"]) == {"a", "b"}
+    low, high = found["intervals"]["accuracy"]
+    assert low <= found["accuracy"] <= high
+    score.main(words)
+    said = capsys.readouterr().out
+    assert "by chance 0.5" in said and "accuracy by length" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--task", "choices"], "pass files by --data.path"),
+        (["--task", "choices", "--data.path", "{}", "--stride", "4"], "--stride is for texts"),
+        (["--task", "pairs", "--data.path", "{}"], "wants sentence_good and sentence_bad"),
+        (["--task", "tuned"], "no config.yaml of a fine-tuning"),
+        (["--task", "bbq", "--data.path", "{}"], "is none of BBQ"),
+    ],
+)
+def test_mistakes_are_one_line(flags, said, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"query": "q", "choices": ["a", "b"], "gold": 0}\n')
+    for part in causal():
+        part.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit) as stop:
+        score.main(["--model", str(tmp_path / "model"), *(flag.format(tmp_path / "rows.jsonl") for flag in flags)])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and said in error and "\n" not in error
+
+
+def lm_eval_task(name: str, kind: str, rows: Path) -> dict:
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(rows)}}}
+    task |= {"test_split": "test", "output_type": "loglikelihood" if kind == "cloze" else "multiple_choice"}
+    if kind == "cloze":
+        task |= {"doc_to_text": "{{context}}", "doc_to_target": " {{continuation}}"}
+        task["metric_list"] = [{"metric": "acc"} | mean, {"metric": "perplexity", "aggregation": "perplexity"}]
+        return task
+    task["metric_list"] = [{"metric": metric} | mean for metric in ("acc", "acc_norm")]
+    if kind == "pairs":
+        return task | {"doc_to_text": "", "doc_to_target": 0, "doc_to_choice": "{{[sentence_good, sentence_bad]}}"}
+    return task | {"doc_to_text": "{{query}}", "doc_to_target": "{{gold}}", "doc_to_choice": "{{choices}}"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval")
+@pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
+def test_the_same_rows_score_as_in_lm_eval(tmp_path, capsys):
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    model, tasks = DATA / "ckpt_stories260K", {}
+    files = {"arc": "eval_mcq/arc_easy", "copa": "eval_mcq/copa", "lambada": "eval_lambada/first_500"}
+    files |= {"blimp": "eval_blimp/seven_sets"}
+    for name, file in files.items():
+        kind = {"lambada": "cloze", "blimp": "pairs"}.get(name, "choices")
+        rows = tmp_path / f"{name}.jsonl"
+        rows.write_text("\n".join((DATA / f"{file}.jsonl").read_text().splitlines()[:100]) + "\n")
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(lm_eval_task(name, kind, rows)))
+        score.main(["--model", str(model), "--task", kind, "--data.path", str(rows), "--json"])
+        (tasks[name],) = json.loads(capsys.readouterr().out)["files"].values()
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    theirs = simple_evaluate(
+        model=HFLM(pretrained=str(model), dtype="float32", batch_size=8, device="cpu"), tasks=list(tasks),
+        task_manager=manager, bootstrap_iters=0,
+    )["results"]  # fmt: skip
+    for name, ours in tasks.items():
+        assert ours["accuracy"] == pytest.approx(theirs[name]["acc,none"], abs=1e-9), name
+    for name in ("arc", "copa"):
+        assert tasks[name]["accuracy_by_length"] == pytest.approx(theirs[name]["acc_norm,none"], abs=1e-9)
+    assert tasks["lambada"]["perplexity"] == pytest.approx(theirs["lambada"]["perplexity,none"], rel=1e-4)
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
+def test_gpt2_like_tokenizers_score_without_a_start():
+    tokenizer = load_tokenizer(f"{DATA / 'tok_gpt2' / 'vocab.json'},{DATA / 'tok_gpt2' / 'merges.txt'}")
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_layer=1, n_head=1))
+    row = next(Continuations(model, tokenizer, False, 64).rows(Pair("To be or", " not")))
+    assert row.input_ids == tokenizer("To be or")["input_ids"]
