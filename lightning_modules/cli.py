@@ -30,6 +30,7 @@ from transformers import PreTrainedConfig
 from lightning_modules import hardware, tracking
 from lightning_modules.callbacks.agreement import Agreement
 from lightning_modules.callbacks.comparison import Comparison
+from lightning_modules.callbacks.energy import Energy
 from lightning_modules.callbacks.fake_quantization import FakeQuantization
 from lightning_modules.callbacks.guard import Guard
 from lightning_modules.callbacks.horizon import Horizon
@@ -195,6 +196,7 @@ class RecipeCLI(LightningCLI):
         )
         if issubclass(self.default_model, Taught):
             parser.add_lightning_class_args(Comparison, "comparison")
+        parser.add_lightning_class_args(Energy, "energy")
         parser.add_lightning_class_args(Recovery, "recovery")
         parser.add_lightning_class_args(Guard, "guard")
         parser.add_lightning_class_args(Watchdog, "watchdog")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_modules import hardware
 from lightning_modules.architectures import bytes_of, parameter_count
+from lightning_modules.callbacks.energy import Energy
 from lightning_modules.callbacks.plan import Plan, precision, print_pairs
 from lightning_modules.callbacks.speed import Speed
 from lightning_modules.checkpoint_io import replace_folder
@@ -96,6 +97,7 @@ class Report(Callback):
             "hardware": hardware.describe(),
             "skipped_rows": sum(trainer.datamodule.skipped_rows.values()),
             **planned_and_measured(trainer, module, speed),
+            **energy_of(trainer).summary(tokens),
             "baselines": compressors(trainer, seconds) if module.objective == "causal" else {},
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             "model_dir": str(Path(trainer.default_root_dir) / "model"),
@@ -111,12 +113,17 @@ class Report(Callback):
             "trained": f"{summary['tokens']:,} tokens, {summary['steps']:,} steps, {summary['seconds']:,.0f} s",
             "speed": f"{summary['tokens_per_second']:,.0f} tokens/s, MFU {summary['mfu']:.0%}",
             "peak memory": bytes_of(summary["peak_memory_bytes"]),
+            "energy": energy_of(trainer).words(summary["tokens"]),
             "files": f"{trainer.default_root_dir}: config.yaml, metrics.csv, checkpoints/, model/, summary.json",
         }
         if offline := offline_folder(trainer):
             rows["W&B"] = f"offline; look at it with wandb leet, upload it with wandb sync {offline}"
         rows["next"] = module.next_command(shlex.quote(summary["model_dir"]), trainer.datamodule)
         return rows
+
+
+def energy_of(trainer: Trainer) -> Energy:
+    return next((c for c in trainer.callbacks if isinstance(c, Energy)), None) or Energy(measure=False)
 
 
 def planned_and_measured(trainer: Trainer, module: LightningModule, speed: Speed) -> dict[str, object]:

@@ -1,0 +1,95 @@
+"""What a run draws: measured or estimated, and never a silent zero."""
+
+import json
+import socket
+from types import SimpleNamespace
+
+import pytest
+
+from lightning_modules import energy
+from lightning_modules.callbacks.energy import Energy, in_words
+from tests.faults import SCRIPT
+from tests.finetuning import run as recipe
+
+pytest.importorskip("codecarbon")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refused(*_, **__):
+        raise AssertionError("the network was asked for")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+
+
+def busy(times: int = 300_000) -> int:
+    return sum(range(times))
+
+
+def test_a_meter_adds_up_and_needs_no_network(no_network):
+    meter = energy.Meter()
+    meter.start()
+    busy()
+    first = meter.read()
+    busy()
+    second = meter.stop()
+    assert 0 < first.joules < second.joules and 0 < first.co2e_grams < second.co2e_grams
+    assert second == meter.stop()  # once more changes nothing
+    assert second.by.startswith(("measured: ", "estimated: "))
+
+
+def test_co2e_is_that_of_the_country_or_of_the_world():
+    per_kwh = {}
+    for country in (None, "DEU", "NOR"):
+        meter = energy.Meter(country)
+        meter.start()
+        busy()
+        drawn = meter.stop()
+        per_kwh[country] = drawn.co2e_grams / drawn.kwh
+    assert per_kwh[None] == pytest.approx(475, rel=0.01)
+    assert per_kwh["NOR"] < per_kwh["DEU"] < per_kwh[None]
+
+
+def test_one_call_is_a_part_of_all():
+    assert 0 < energy.joules_of(busy, 5).joules < energy.joules_of(lambda: busy(3_000_000), 5).joules
+
+
+def test_a_run_says_what_it_drew_and_one_that_goes_on_adds_to_it(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_LM_ENERGY", "on")
+    flags = {"data.path": corpus, "data.tokenizer": "bytes", "data.seq_len": 32, "data.batch_size": 4}
+    flags |= {"trainer.val_check_interval": 2, "trainer.default_root_dir": tmp_path / "run"}
+    flags |= {"energy.country": "DEU", "samples.max_new_tokens": 0}
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    recipe("fit", *words, "--trainer.max_steps=2", script=SCRIPT)
+    first = json.loads((tmp_path / "run" / "summary.json").read_text())["energy"]
+    recipe("fit", *words, "--trainer.max_steps=4", "--ckpt_path=last", script=SCRIPT)
+    both = json.loads((tmp_path / "run" / "summary.json").read_text())["energy"]
+    assert 0 < first["joules"] < both["joules"]
+    assert first["kwh"] == pytest.approx(first["joules"] / 3.6e6, rel=0.02)
+    assert first["co2e_grams"] == pytest.approx(381 * first["kwh"], rel=0.02)
+    assert both["joules_per_million_tokens"] == pytest.approx(both["joules"] * 1e6 / (4 * 4 * 32), rel=0.05)
+    assert "energy" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_what_was_not_measured_is_said(monkeypatch):
+    assert energy.is_wanted() is False  # in tests
+    assert "not measured" in Energy().words(100) and Energy().summary(100) == {}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--energy.measure needs codecarbon"):
+        Energy(measure=True)
+
+
+def test_a_meter_that_fails_is_no_zero(monkeypatch, capsys):
+    callback = Energy(measure=True)
+    monkeypatch.setattr(energy.Meter, "start", lambda self: None)
+    trainer = SimpleNamespace(local_rank=0, num_nodes=1, is_global_zero=True)
+    trainer.strategy = SimpleNamespace(reduce=lambda figures, reduce_op: figures)
+    module = SimpleNamespace(device="cpu")
+    callback.on_train_start(trainer, module)
+    callback.on_train_end(trainer, module)
+    assert "could not be measured" in capsys.readouterr().err
+    assert callback.summary(10) == {} and "could not be measured" in callback.words(10)
+
+
+def test_joules_are_told_in_units_that_leave_few_digits():
+    assert [in_words(joules) for joules in (0.0123, 3.456, 2345, 7.8e6)] == ["0.012 J", "3.46 J", "2.35 kJ", "7.8 MJ"]
