@@ -24,7 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from lightning_modules.command_line import OneLineParser, one_line_errors
 
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from lightning_modules.likelihood import Scorer
     from lightning_modules.model_folder import LoadedModel
 
-Task = Literal["text", "choices", "cloze", "pairs", "crows_pairs", "stereoset", "winobias", "bbq", "tuned"]
+Task = Literal[
+    "text", "choices", "cloze", "pairs", "crows_pairs", "stereoset", "winobias", "bbq", "tuned", "generations"
+]
 
 
 @dataclass
@@ -53,6 +55,27 @@ class Texts:
     text_column: str = "text"
     on_bad_row: Literal["error", "skip"] = "error"
     separator: str | None = None
+
+
+@dataclass
+class Writing:
+    """How texts are written to be judged.
+
+    Args:
+        rows: Texts, each going on from the beginning of another held-out document.
+        prompt_tokens: Of each of these beginnings.
+        max_new_tokens: Of each text; less where the model ends it.
+        temperature: Below 1 prefers the probable tokens, 0 takes the most probable one.
+        seed: Of sampling.
+        train_path: What the model was trained on, files or folders: how much of it is copied.
+    """
+
+    rows: PositiveInt = 64
+    prompt_tokens: PositiveInt = 32
+    max_new_tokens: PositiveInt = 128
+    temperature: NonNegativeFloat = 1.0
+    seed: int = 0
+    train_path: list[str] | str | None = None
 
 
 def read_documents(texts: Texts) -> Iterator[str]:
@@ -86,6 +109,7 @@ def split_documents(text: str, separator: str | None) -> list[str]:
 def score(
     model: str,
     data: Texts,
+    writing: Writing,
     task: Task = "text",
     document_start: bool | None = None,
     config: Path | None = None,
@@ -103,9 +127,11 @@ def score(
     Args:
         model: A run's folder, a transformers folder, or a name on the Hub.
         data: Where the text is.
+        writing: Of generations.
         task: text: bits per byte. choices: questions with a right answer. cloze: a blank at the end. pairs: the good of
             two sentences. crows_pairs, stereoset, winobias, bbq: bias, from the files these are published as. tuned:
-            the task that the model was fine-tuned for, by its own held-out examples.
+            the task that the model was fine-tuned for, by its own held-out examples. generations: what it writes,
+            beside what really follows.
         document_start: Of all but text and tuned: whether a question begins with the token that opens a document. Left
             out: as the tokenizer does it.
         config: Of tuned: the config.yaml of the fine-tuning. Left out: that of the model's run.
@@ -127,7 +153,7 @@ def score(
     if task != "text" and (seq_len or stride):
         raise ValueError(f"--{'seq_len' if seq_len else 'stride'} is for texts; leave it out with --task {task}")
     documents, questions = iter(()), {}
-    if task == "text":
+    if task in ("text", "generations"):
         documents = read_documents(data)
         first = next(documents, None)
         if first is None:
@@ -138,6 +164,9 @@ def score(
     from lightning_modules.model_folder import load
 
     loaded = load(model, tokenizer, device, dtype, trust_remote_code, hub.is_within_reach)
+    if task == "generations":
+        print_measures(of_writing(loaded, [first, *documents], writing), loaded.folder, task, as_json=json)
+        return
     if task != "text":
         judged = judge(loaded, task, questions, document_start, batch_size)
         print_measures(judged, loaded.folder, task, as_json=json)
@@ -204,6 +233,39 @@ def judge(
     if task in of_bias:
         return {file: of_bias[task](some, score, batch_size) for file, some in rows.items()}
     return {file: choices.JUDGES[task](some, choices.answered(some, score, batch_size)) for file, some in rows.items()}
+
+
+def of_writing(loaded: "LoadedModel", documents: list[str], writing: Writing) -> "dict[str, Measures]":
+    """Of what the model writes and, as its measure, of what stands there."""
+    from lightning_modules.evaluation import generations
+    from lightning_modules.evaluation.generations import Memory, Text
+
+    if loaded.kind != "causal":
+        raise ValueError(f"{loaded.folder} is no causal model: it writes nothing")
+    room = writing.prompt_tokens + writing.max_new_tokens
+    if loaded.max_positions is not None and room > loaded.max_positions:
+        raise ValueError(f"--writing: {room} tokens, and the model has {loaded.max_positions} positions; pass fewer")
+    tokenizer, prompts, real = loaded.tokenizer, [], []
+    step = max(1, len(documents) // writing.rows)
+    for document in documents[::step]:
+        ids = tokenizer(document, split_special_tokens=True, verbose=False)["input_ids"]
+        if len(ids) > writing.prompt_tokens and len(prompts) < writing.rows:
+            prompts.append(ids[: writing.prompt_tokens])
+            rest = ids[writing.prompt_tokens : room]
+            real.append(Text(rest, tokenizer.decode(rest, skip_special_tokens=True), len(ids) < room))
+    if not prompts:
+        raise ValueError(
+            f"no document is longer than {writing.prompt_tokens} tokens; pass fewer --writing.prompt_tokens"
+        )
+    memory = None
+    if writing.train_path is not None:
+        memory = Memory("\n".join(read_documents(Texts(path=writing.train_path, on_bad_row="skip"))).encode())
+    limits = (writing.max_new_tokens, writing.temperature, writing.seed)
+    own = generations.written(loaded.model, tokenizer, prompts, *limits)
+    return {
+        "what the model writes": generations.judged(own, memory),
+        "what follows in the text": generations.judged(real, memory),
+    }
 
 
 def of_tuning(model: str, config: Path | None) -> "Measures":

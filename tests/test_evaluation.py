@@ -15,7 +15,7 @@ from datamodules.files import BadRows
 from datamodules.questions import Question, read_questions
 from datamodules.tokenization import byte_tokenizer, load_tokenizer
 from lightning_modules.bootstrap import of_mean, of_ratio
-from lightning_modules.evaluation import bias, choices
+from lightning_modules.evaluation import bias, choices, generations
 from lightning_modules.evaluation.continuations import Continuations, Pair
 from lightning_modules.evaluation.measures import Measures
 from lightning_modules.likelihood import Scorer
@@ -293,6 +293,56 @@ def test_scores_of_associations_are_means_over_those_they_are_about():
     assert found["stereotype_score"] == pytest.approx((100 + 0) / 2)
     assert found["lm_score"] == pytest.approx((100 * (1 + 1 + 0.5) / 3 + 100) / 2)
     assert found["icat"] == pytest.approx(found["lm_score"])
+
+
+# What a model writes
+
+
+def test_the_longest_copied_span_is_found_to_the_byte():
+    rng = np.random.default_rng(0)
+    trained = bytes(rng.integers(97, 123, 20_000, dtype=np.uint8))
+    memory = generations.Memory(trained)
+    for length, begin in ((16, 9), (31, 40), (32, 0), (33, 5), (63, 0), (64, 300), (200, 19_000), (1000, 7_777)):
+        own = b"0123456789" + trained[begin : begin + length] + b"9876543210"
+        longest, covered = memory.copied(own)
+        assert longest == length
+        assert covered == pytest.approx((length if length >= 64 else 0) / len(own))
+    assert memory.copied(b"0" * 500) == (0, 0.0) and memory.copied(b"") == (0, 0.0)
+    assert memory.copied(trained[:15] + b"0") == (0, 0.0)
+    assert generations.Memory(b"short").copied(trained[:100]) == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("ids", "is_loop"),
+    [
+        ([1] * 16, True), ([1] * 15, False), ([9, 8, *[1, 2, 3] * 6], True), ([*[1, 2, 3] * 6, 4], False),
+        ([*range(10)] * 3, True), ([*range(10)] * 2, False), ([*range(40)], False), ([], False),
+        ([*[1, 2, 3] * 6, 1, 2], True),
+    ],
+)  # fmt: skip
+def test_a_loop_is_a_text_that_ends_in_the_same_again_and_again(ids, is_loop):
+    assert generations.loops(ids) == is_loop
+
+
+def test_distinct_n_grams_are_the_share_that_is_new():
+    assert generations.distinct([1, 2, 1, 2, 1], 2) == 0.5 and generations.distinct([1, 2, 3], 2) == 1.0
+    assert generations.distinct([1], 4) == 1.0
+
+
+def test_a_model_writes_the_same_in_any_batch_and_ends_where_it_says(monkeypatch):
+    model, tokenizer = causal()
+    prompts = [[5 + i, 7, 9] for i in range(5)]
+    greedy = generations.written(model, tokenizer, prompts, 12, 0.0)
+    monkeypatch.setattr(generations, "ROWS", 1)
+    assert [text.ids for text in generations.written(model, tokenizer, prompts, 12, 0.0)] == [t.ids for t in greedy]
+    sampled = [generations.written(model, tokenizer, prompts, 12, 1.0, seed) for seed in (0, 0, 1)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    first = greedy[0].ids[0]
+    model.generation_config.eos_token_id = first  # what it writes first is now the end
+    (ended,) = generations.written(model, tokenizer, prompts[:1], 12, 0.0)
+    assert ended.ended and ended.ids == [] and ended.text == ""
+    found = generations.judged([ended, *greedy[1:]], generations.Memory(b"x" * 100)).figures()
+    assert found["empty"] == found["ended"] == 0.2 and found["longest_copied_bytes"] >= 0
 
 
 # Intervals
