@@ -129,8 +129,8 @@ def head_only_at(model: PreTrainedModel, rows_N: Tensor, columns_N: Tensor) -> I
 
 
 @torch.inference_mode()
-def token_scores(model: PreTrainedModel, rows: Sequence[Row], *, mask_padding: bool) -> tuple[Tensor, Tensor]:
-    """-log p of every target of the rows, row after row, (N,) float64; and whether it is the most probable, (N,) bool.
+def target_logits(model: PreTrainedModel, rows: Sequence[Row], *, mask_padding: bool) -> tuple[Tensor, Tensor]:
+    """The logits that every target of the rows is scored by, row after row, (N, V), and the targets, (N,).
 
     Rows are padded on the right. A causal model cannot see that far and needs no `mask_padding`, which would cost it
     the fast attention kernels; a bidirectional one needs it.
@@ -146,7 +146,13 @@ def token_scores(model: PreTrainedModel, rows: Sequence[Row], *, mask_padding: b
         padding["attention_mask"] = (torch.arange(longest) < lengths_B[:, None]).long().to(model.device)
     with head_only_at(model, rows_N, columns_N):
         logits = model(input_ids=ids_BT.to(model.device), **padding).logits
-    logits_NV = logits[rows_N, columns_N] if logits.shape[:2] == ids_BT.shape else logits[0]
+    return (logits[rows_N, columns_N] if logits.shape[:2] == ids_BT.shape else logits[0]), targets_N
+
+
+@torch.inference_mode()
+def token_scores(model: PreTrainedModel, rows: Sequence[Row], *, mask_padding: bool) -> tuple[Tensor, Tensor]:
+    """-log p of every target, row after row, (N,) float64; and whether it is the most probable, (N,) bool."""
+    logits_NV, targets_N = target_logits(model, rows, mask_padding=mask_padding)
     chunk = max(1, SOFTMAX_LOGITS // logits_NV.shape[-1])
     nats, is_best = [], []
     for logits_nV, targets_n in zip(logits_NV.split(chunk), targets_N.split(chunk), strict=True):

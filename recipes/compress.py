@@ -25,8 +25,8 @@ from jsonargparse.typing import PositiveInt
 from lightning_modules.command_line import OneLineParser, fail, one_line_errors, take_flag
 
 if TYPE_CHECKING:
-    from lightning_modules.compression.judging import Judged
     from lightning_modules.compression.opened import Opened
+    from lightning_modules.evaluation.judging import Judged
 
 
 @dataclass
@@ -357,7 +357,7 @@ def report(model: list[str], data: Texts, output: str | None = None) -> None:
         data: Where the text is, by whose held-out part they are judged.
         output: A folder for the table, the same as JSON, and a picture of bits per byte against bytes and time.
     """
-    from lightning_modules.compression.judging import save
+    from lightning_modules.evaluation.judged_table import save
 
     if output is not None:
         require_package("matplotlib")
@@ -370,7 +370,8 @@ def report(model: list[str], data: Texts, output: str | None = None) -> None:
 
 
 def finish(models: "dict[str, Opened]", data: Texts) -> "list[Judged]":
-    from lightning_modules.compression.judging import judge, table, validated
+    from lightning_modules.evaluation.judged_table import table
+    from lightning_modules.evaluation.judging import judge, validated
 
     scored = next(iter(models.values())).scores_text
     tasks = validated(models)

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 from lightning_modules.compression import architecture_search as tried
 from lightning_modules.compression import searching
 from lightning_modules.compression.architecture_search import Point, Trials
-from lightning_modules.compression.judging import Scored, interval_of_excess, score
 from lightning_modules.compression.onnx_decoder import open_onnx
 from lightning_modules.compression.opened import open_model
 from lightning_modules.compression.pipeline import Pipeline, read_nodes
 from lightning_modules.compression.sizes import Sizes
 from lightning_modules.compression.structured import worth_of
 from lightning_modules.compression.super_network import Part, Space, SuperNetwork, space_of
+from lightning_modules.evaluation.judging import Scored, interval_of_excess, score
 from lightning_modules.likelihood import Scorer
 from recipes import compress
 from tests.distilling import flags_of

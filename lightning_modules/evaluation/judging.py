@@ -1,0 +1,275 @@
+"""Models beside each other: what each makes of the same text, how large it is, and how long it takes.
+
+Shape suffix: D documents.
+"""
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from lightning_modules import bootstrap, energy
+from lightning_modules.architectures import parameter_count
+from lightning_modules.bootstrap import Interval
+from lightning_modules.compression.opened import Opened, bytes_of_weights, done_so_far
+from lightning_modules.evaluation.bias import Contrast, contrasts
+from lightning_modules.evaluation.continuations import Continuations
+from lightning_modules.evaluation.token_predictions import predictions
+from lightning_modules.likelihood import BATCH_TOKENS, Row, Scorer, batches_by_length, token_nats
+from lightning_modules.model_folder import max_positions
+from lightning_modules.task_scores import TaskScores, task_config, task_scores
+
+T = TypeVar("T")
+ENERGY_SECONDS = 2.0
+"""Of calls by which the energy of one is found."""
+TIMES = 15
+WARM = 3
+PROMPT_TOKENS = 128
+
+
+@dataclass
+class Scored:
+    """A text by its documents."""
+
+    nats_D: np.ndarray
+    tokens_D: np.ndarray
+    bytes_D: np.ndarray
+
+    @property
+    def nats_per_token(self) -> float:
+        return float(self.nats_D.sum() / self.tokens_D.sum())
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.nats_D.sum() / math.log(2) / self.bytes_D.sum())
+
+
+def numbered_rows(opened: Opened, documents: list[str]) -> tuple[list[tuple[int, Row]], list[int]]:
+    """Every document from its beginning, as recipes/score.py reads it: rows with the number of their document, and the
+    documents' bytes."""
+    scorer = Scorer(
+        *(opened.network, opened.tokenizer, not opened.network.can_generate(), max_positions(opened.network)),
+        *(None, None, documents[0]),
+    )
+    rows: list[tuple[int, Row]] = []
+    utf8_bytes = []
+    for number, document in enumerate(documents):
+        before = scorer.total.bytes
+        rows += [(number, row) for row in scorer.rows([document])]
+        utf8_bytes.append(scorer.total.bytes - before)
+    return rows, utf8_bytes
+
+
+def batches_of(opened: Opened, rows: list[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
+    owners = {id(row): number for number, row in rows}
+    max_tokens = BATCH_TOKENS[opened.network.device.type]
+    for batch in batches_by_length((row for _, row in rows), None, max_tokens):
+        yield [(owners[id(row)], row) for row in batch]
+
+
+def score(opened: Opened, documents: list[str]) -> Scored:
+    rows, utf8_bytes = numbered_rows(opened, documents)
+    nats_D, tokens_D = np.zeros(len(documents)), np.zeros(len(documents))
+    for batch in batches_of(opened, rows):
+        masked = not opened.network.can_generate()
+        nats_N = token_nats(opened.network, [row for _, row in batch], mask_padding=masked).numpy()
+        owners_N = np.repeat([number for number, _ in batch], [len(row.targets) for _, row in batch])
+        np.add.at(nats_D, owners_N, nats_N)
+        np.add.at(tokens_D, owners_N, 1)
+    return Scored(nats_D, tokens_D, np.array(utf8_bytes, float))
+
+
+def interval_of_excess(scored: Scored, reference: Scored) -> Interval | None:
+    """Of the percent by which a model needs more nats per byte than the reference."""
+    found = bootstrap.of_ratio(scored.nats_D, reference.nats_D)
+    return found and Interval(100 * (found.low - 1), 100 * (found.high - 1))
+
+
+def validated(models: dict[str, Opened]) -> dict[str, TaskScores]:
+    """Of models of a task, by the validation of the run that they all began with; {} where that is not at hand."""
+    first = next(iter(models.values())).folder
+    config = task_config(first) or task_config(str(done_so_far(first)["source"]))
+    found: dict[str, TaskScores] = {}
+    for name in models if config else ():
+        try:
+            found[name] = task_scores(config, models[name].folder)
+        except ValueError as error:
+            print(f"note: {error}", file=sys.stderr)
+    return found
+
+
+# Time
+
+
+@torch.inference_mode()
+def latencies(models: dict[str, Opened]) -> dict[str, tuple[float, float | None]]:
+    """Median milliseconds of a prompt of PROMPT_TOKENS tokens and of one new token behind it, the models in turns; no
+    new token of models that do not write."""
+    calls = {name: timed_calls(opened) for name, opened in models.items()}
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for _ in range(TIMES + WARM):
+        for name, functions in calls.items():
+            for place, function in enumerate(functions):
+                start = time.perf_counter()
+                function()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                seconds.setdefault((name, place), []).append(time.perf_counter() - start)
+    found = {}
+    for name, functions in calls.items():
+        medians = [1000 * statistics.median(seconds[name, place][WARM:]) for place in range(len(functions))]
+        found[name] = (medians[0], medians[1] if len(medians) > 1 else None)
+    return found
+
+
+def timed_calls(opened: Opened) -> list[Callable[[], object]]:
+    network = opened.network
+    length = min(PROMPT_TOKENS, (max_positions(network) or PROMPT_TOKENS) - 1)
+    ids = torch.arange(length, device=network.device)[None] % network.config.get_text_config().vocab_size
+    if not network.can_generate() or network.config.is_encoder_decoder:
+        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if network.config.is_encoder_decoder else {})
+        return [lambda: network(**inputs)]
+    held: list[object] = []
+
+    def prompt() -> None:
+        held[:] = [network(input_ids=ids, use_cache=True).past_key_values]
+
+    return [prompt, lambda: network(input_ids=ids[:, :1], past_key_values=held[0], use_cache=True)]
+
+
+# All of it
+
+
+@dataclass
+class Judged:
+    """A model beside the first of them.
+
+    Args:
+        name: As it was asked for.
+        figures: By stable names, which report.json and compare.json have.
+        changes: Intervals of what is other than the first's: excess, nats in percent; score_change, of the task's
+            examples; bias_change, of pairs.
+        metric: Of the task that it was fine-tuned for, the name of the figure that counts.
+    """
+
+    name: str
+    figures: dict[str, float]
+    changes: dict[str, Interval] = field(default_factory=dict)
+    metric: str | None = None
+
+    def summary(self) -> dict[str, float]:
+        ends = {f"{name}_low": low for name, (low, _) in self.changes.items()}
+        return self.figures | ends | {f"{name}_high": high for name, (_, high) in self.changes.items()}
+
+
+@dataclass
+class Wanted:
+    """What models are judged by besides sizes, time and their text or task.
+
+    Args:
+        predictions: How sure of each token they are, how often right, and how much like the first.
+        contrasts: Pairs of sentences that bias is measured by.
+        energy: Joules a token.
+    """
+
+    predictions: bool = False
+    contrasts: Sequence[Contrast] = ()
+    energy: bool = False
+
+
+def judge(
+    models: dict[str, Opened], documents: list[str], tasks: dict[str, TaskScores], wanted: Wanted | None = None
+) -> list[Judged]:
+    """The first is what the others are measured against; documents are held-out text, tasks what some found at one."""
+    wanted = wanted or Wanted()
+    found = {name: Judged(name, sizes(opened)) for name, opened in models.items()}
+    texts = {name: score(o, documents) for name, o in models.items() if o.scores_text and documents}
+    for name, scored in texts.items():
+        found[name].figures |= {"nats_per_token": scored.nats_per_token, "bits_per_byte": scored.bits_per_byte}
+    compare(found, texts, "excess", interval_of_excess)
+    for name, task in tasks.items():
+        found[name].figures |= task.metrics
+        found[name].metric = task.by
+    scores = {name: task.scores_D for name, task in tasks.items()}
+    compare(found, scores, "score_change", lambda mine_D, its_D: bootstrap.of_mean(mine_D - its_D))
+    if wanted.predictions:
+        add_predictions(found, {name: models[name] for name in texts}, documents)
+    if wanted.contrasts:
+        add_bias(found, models, wanted.contrasts)
+    for opened in models.values():
+        opened.to_stored()
+    for name, (prompt_ms, token_ms) in latencies(models).items():
+        found[name].figures["prompt_ms"] = prompt_ms
+        if token_ms is not None:
+            found[name].figures["token_ms"] = token_ms
+    if wanted.energy:
+        add_energy(found, models)
+    return list(found.values())
+
+
+def sizes(opened: Opened) -> dict[str, float]:
+    """What is rounded to zero is not set to it."""
+    zeros = 0 if opened.is_packed else sum(int((p == 0).sum()) for p in opened.network.parameters())
+    count = parameter_count(opened.network)
+    found = {"parameters": count, "nonzero": count - zeros, "bytes": bytes_of_weights(opened.folder)}
+    return found | {"bytes_in_memory": opened.bytes_in_memory()}
+
+
+def compare(
+    found: dict[str, Judged], parts: dict[str, T], name: str, interval: Callable[[T, T], Interval | None]
+) -> None:
+    """Adds to each the interval of its change from the first, where that one has the same."""
+    first = next(iter(found))
+    for other, mine in parts.items() if first in parts else ():
+        ends = interval(mine, parts[first]) if other != first else None
+        if ends is not None:
+            found[other].changes[name] = ends
+
+
+def add_predictions(found: dict[str, Judged], models: dict[str, Opened], documents: list[str]) -> None:
+    first = next(iter(found))
+    for name, opened in models.items():
+        rows, _ = numbered_rows(opened, documents)
+        alike = name != first and first in models and have_same_words(opened, models[first])
+        facts = predictions(
+            opened.network,
+            batches_of(opened, rows),
+            len(documents),
+            mask_padding=not opened.network.can_generate(),
+            reference=models[first].network if alike else None,
+        ).figures()
+        found[name].figures["token_accuracy"] = facts.pop("accuracy")
+        found[name].figures |= facts
+
+
+def have_same_words(one: Opened, other: Opened) -> bool:
+    return one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+
+
+def add_bias(found: dict[str, Judged], models: dict[str, Opened], pairs: Sequence[Contrast]) -> None:
+    preferred = {}
+    for name, opened in models.items():
+        if opened.scores_text:
+            masked = not opened.network.can_generate()
+            by = Continuations(opened.network, opened.tokenizer, masked, max_positions(opened.network))
+            measures = contrasts(pairs, by)
+            found[name].figures["prefers_stereotype"] = measures.figures()["prefers_stereotype"]
+            preferred[name] = measures.each["prefers_stereotype"]
+    compare(found, preferred, "bias_change", lambda mine_D, its_D: bootstrap.of_mean(mine_D - its_D))
+
+
+def add_energy(found: dict[str, Judged], models: dict[str, Opened]) -> None:
+    """Of a new token, or a text of models that do not write."""
+    with torch.inference_mode():
+        for name, opened in models.items():
+            calls, ms = timed_calls(opened), found[name].figures.get("token_ms", found[name].figures["prompt_ms"])
+            calls[0]()
+            drawn = energy.joules_of(calls[-1], max(1, round(1000 * ENERGY_SECONDS / ms)))
+            if drawn.joules:
+                found[name].figures["joules"] = drawn.joules
