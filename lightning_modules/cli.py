@@ -305,11 +305,23 @@ class RecipeCLI(LightningCLI):
         return trainer
 
     def after_fit(self) -> None:
+        if self.trainer.is_global_zero:
+            leave_page(Path(self.trainer.default_root_dir))
         tracking.finish(self.trainer.loggers)
 
     def after_instantiate_classes(self) -> None:
         if self.subcommand != "fit" and not self.config[self.subcommand].get("ckpt_path", "none needed"):
             print("no --ckpt_path given: these are the numbers of freshly initialised weights", file=sys.stderr)
+
+
+def leave_page(folder: Path) -> None:
+    """A run that has come to its end does not fail by what is only shown of it."""
+    from lightning_modules.pages.run_page import write_run_page
+
+    try:
+        write_run_page(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"warning: no report.html: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def plan_without_devices(flags: Namespace, trainer: Namespace) -> None:

@@ -62,9 +62,9 @@ class Meter:
         self._starting.start()
 
     def _start(self) -> None:
-        logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # it speaks before it is told not to
         from codecarbon import OfflineEmissionsTracker
 
+        logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # it speaks before it reads its log_level
         settings = {"save_to_file": False, "log_level": "critical", "allow_multiple_runs": True}
         self._tracker = OfflineEmissionsTracker(country_iso_code=self.country, **settings)
         self._tracker.start()

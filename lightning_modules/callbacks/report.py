@@ -28,6 +28,7 @@ from lightning_modules.finetune import FineTune
 from lightning_modules.redaction import redacted
 from lightning_modules.shards import whole
 
+FILES = ("report.html", "model/", "summary.json", "config.yaml", "metrics.csv", "checkpoints/")
 PACKAGES = ("lightning", "torch", "transformers", "tokenizers", "wandb")
 MOST_COMPRESSED_BYTES = 8_000_000
 """Held-out text up to which gzip and xz are run for comparison: seconds, not minutes."""
@@ -114,7 +115,7 @@ class Report(Callback):
             "speed": f"{summary['tokens_per_second']:,.0f} tokens/s, MFU {summary['mfu']:.0%}",
             "peak memory": bytes_of(summary["peak_memory_bytes"]),
             "energy": energy_of(trainer).words(summary["tokens"]),
-            "files": f"{trainer.default_root_dir}: config.yaml, metrics.csv, checkpoints/, model/, summary.json",
+            "files": f"{trainer.default_root_dir}: {', '.join(FILES)}",
         }
         if offline := offline_folder(trainer):
             rows["W&B"] = f"offline; look at it with wandb leet, upload it with wandb sync {offline}"

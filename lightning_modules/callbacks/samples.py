@@ -1,11 +1,17 @@
 """What the model writes, at each validation."""
 
+import json
+from pathlib import Path
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.redaction import redacted
+
+FILE = "samples.jsonl"
+COLUMNS = ("step", "prompt", "text")
 
 
 class Samples(Callback):
@@ -48,9 +54,17 @@ class Samples(Callback):
         print(f"step {trainer.global_step}: val loss {loss:.4f} nats per token, {bits:.4f} bits per byte")
         for text in texts:
             print("  │ " + text.rstrip().replace("\n", "\n  │ "))
+        rows = [[trainer.global_step, redacted(p), redacted(t)] for p, t in zip(self.prompts, texts, strict=True)]
+        keep(Path(trainer.default_root_dir) / FILE, rows)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                rows = [
-                    [trainer.global_step, redacted(p), redacted(t)] for p, t in zip(self.prompts, texts, strict=True)
-                ]
-                logger.log_text("samples", columns=["step", "prompt", "text"], data=rows)
+                logger.log_text("samples", columns=list(COLUMNS), data=rows)
+
+
+def keep(file: Path, rows: list[list[object]]) -> None:
+    """Adds lines to a file, without those of steps that are done again."""
+    step = rows[0][0]
+    lines = file.read_text().splitlines() if file.is_file() else []
+    before = [line for line in lines if json.loads(line)["step"] < step]
+    new = [json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) for row in rows]
+    file.write_text("\n".join([*before, *new]) + "\n")

@@ -1,5 +1,6 @@
 """A decoder that export.py has written for onnxruntime, as judging asks a network."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_modules.compression.opened import Opened, bytes_of_weights
+from lightning_modules.compression.opened import Opened, bytes_of_weights, open_model
 from lightning_modules.exports.to_onnx import open_session
 from lightning_modules.model_folder import load_tokenizer
 
@@ -64,6 +65,11 @@ class OnnxDecoder:
 
 def is_onnx(model: str) -> bool:
     return (Path(model) / FILE).is_file()
+
+
+def open_any(model: str, hub_is_within_reach: Callable[[], bool]) -> Opened:
+    """A file for onnxruntime, or a model as transformers knows it."""
+    return open_onnx(model) if is_onnx(model) else open_model(model, hub_is_within_reach=hub_is_within_reach)
 
 
 def open_onnx(folder: str) -> Opened:

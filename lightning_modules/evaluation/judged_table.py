@@ -19,7 +19,17 @@ LESS_IS_BETTER = ("bits_per_byte", "nats_per_token", "loss")
 
 
 def table(found: list[Judged]) -> str:
-    """A row for each model, beside what it has of the first one's."""
+    rows = cells(found)
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        words = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(words).rstrip())
+    return "\n".join(lines)
+
+
+def cells(found: list[Judged]) -> list[list[str]]:
+    """A header, and a row for each model, beside what it has of the first one's."""
     first = found[0]
     columns: dict[str, Callable[[Judged], str]] = {"parameters": parameters_in_words}
     columns |= {"bytes": lambda one: bytes_of(int(one.figures["bytes"])), "of it": share_of(first, "bytes")}
@@ -44,13 +54,7 @@ def table(found: list[Judged]) -> str:
     if any("joules" in one.figures for one in found):
         columns["J/token" if written else "J/text"] = figure("joules")
     rows = [["", *(title.strip() for title in columns)]]
-    rows += [[one.name, *(cell(one) for cell in columns.values())] for one in found]
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return rows + [[one.name, *(cell(one) for cell in columns.values())] for one in found]
 
 
 def figure(name: str, digits: int = 4) -> Callable[[Judged], str]:

@@ -202,8 +202,9 @@ def judge(
         add_predictions(found, {name: models[name] for name in texts}, documents)
     if wanted.contrasts:
         add_bias(found, models, wanted.contrasts)
-    for opened in models.values():
+    for name, opened in models.items():
         opened.to_stored()
+        found[name].figures["bytes_in_memory"] = opened.bytes_in_memory()
     for name, (prompt_ms, token_ms) in latencies(models).items():
         found[name].figures["prompt_ms"] = prompt_ms
         if token_ms is not None:
@@ -217,8 +218,7 @@ def sizes(opened: Opened) -> dict[str, float]:
     """What is rounded to zero is not set to it."""
     zeros = 0 if opened.is_packed else sum(int((p == 0).sum()) for p in opened.network.parameters())
     count = parameter_count(opened.network)
-    found = {"parameters": count, "nonzero": count - zeros, "bytes": bytes_of_weights(opened.folder)}
-    return found | {"bytes_in_memory": opened.bytes_in_memory()}
+    return {"parameters": count, "nonzero": count - zeros, "bytes": bytes_of_weights(opened.folder)}
 
 
 def compare(

@@ -1,0 +1,240 @@
+"""report.html of a run's folder: its curves beside those of its neighbours, samples, settings, what it took."""
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lightning_modules.architectures import bytes_of
+from lightning_modules.callbacks.energy import in_words
+from lightning_modules.pages import charts
+from lightning_modules.pages.page import figures, folded, page, preformatted, section, table
+
+FILE = "report.html"
+NEIGHBOURS = 5
+"""The newest other runs beside it whose curves are drawn, too."""
+MOST = 50
+"""Unusual steps in the page."""
+CURVES = (
+    ("Loss, nats", "val/loss", "train/loss"),
+    ("Bits per byte, held out", "val/bits_per_byte", None),
+    ("Accuracy, held out", "val/accuracy", None),
+    ("F1, held out", "val/f1", None),
+    ("BLEU, held out", "val/bleu", None),
+    ("ROUGE-1, held out", "val/rouge1", None),
+    ("Gradient norm", "train/grad_norm", None),
+    ("Learning rate", "train/lr", None),
+    ("Tokens per second", "perf/tokens_per_second", None),
+    ("MFU", "perf/mfu", None),
+)
+"""Titles, each with what is drawn of all runs, and what of this one alone."""
+
+
+@dataclass
+class Run:
+    """What a run left in its folder."""
+
+    folder: Path
+    summary: dict
+    config: dict
+    metrics: dict[str, list[charts.Point]]
+    """By name, over tokens; over steps where a run counts none."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+def read_run(folder: Path) -> Run:
+    """Files that are not there are empty; raises ValueError for one that is damaged."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").is_file() else {}
+        config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else {}
+    except (ValueError, yaml.YAMLError, OSError) as error:
+        raise ValueError(f"{folder} holds a damaged file: {str(error).splitlines()[0]}") from None
+    return Run(folder, summary, config or {}, read_metrics(folder / "metrics.csv"))
+
+
+def read_metrics(file: Path) -> dict[str, list[charts.Point]]:
+    if not file.is_file():
+        return {}
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    tokens_at, found = {}, {}
+    for row in rows:
+        if row.get("tokens"):
+            tokens_at[int(float(row["step"]))] = float(row["tokens"])
+    known = sorted(tokens_at)
+    for row in rows:
+        step = int(float(row["step"]))
+        x = tokens_at.get(step, _between(step, known, tokens_at)) if known else float(step)
+        for name, value in row.items():
+            if value and name not in ("epoch", "step", "tokens"):
+                found.setdefault(name, []).append((x, float(value)))
+    return found
+
+
+def _between(step: int, known: list[int], tokens_at: dict[int, float]) -> float:
+    """As many tokens a step as the nearest logged one had."""
+    nearest = min(known, key=lambda other: abs(other - step))
+    return tokens_at[nearest] * (step + 1) / (nearest + 1)
+
+
+def neighbours(folder: Path) -> list[Run]:
+    """The newest other runs in the folder around it, with the same recipe where their names say it."""
+    others = [
+        file.parent
+        for file in folder.resolve().parent.glob("*/metrics.csv")
+        if file.parent != folder.resolve() and file.parent.name.split("-")[0] == folder.name.split("-")[0]
+    ]
+    others.sort(key=lambda other: (other / "metrics.csv").stat().st_mtime, reverse=True)
+    return [read_run(other) for other in others[:NEIGHBOURS]]
+
+
+def run_page(run: Run, others: list[Run]) -> str:
+    summary = run.summary
+    about = f"{summary.get('objective', '')} · {summary.get('hardware', '')} · {summary.get('precision', '')}"
+    curves = [one for title, name, own in CURVES if (one := curve(title, run, others, name, own))]
+    return page(
+        run.name,
+        about.strip(" ·"),
+        [
+            figures(key_figures(summary)),
+            section("Curves", f'<div class="charts">{"".join(curves)}</div>' if curves else ""),
+            section("Samples", samples(run.folder)),
+            section("Unusual steps", unusual(run.folder)),
+            section("Planned and measured", planned(summary)),
+            section("Energy", drawn(summary)),
+            section(f"Other than in {others[0].name}" if others else "", differences(run, others)) if others else "",
+            section("Settings", folded("config.yaml", preformatted("", yaml.safe_dump(run.config, sort_keys=False)))),
+        ],
+    )
+
+
+def key_figures(summary: dict) -> list[tuple[str, str]]:
+    metrics = [name for name in summary if name.startswith("val_") and not name.endswith("_final")]
+    pairs = [
+        (name.removeprefix("val_").replace("_", " "), f"{summary[name]:.4f}")
+        for name in metrics
+        if _is_number(summary[name])
+    ]
+    if "tokens" in summary:
+        pairs += [
+            ("tokens", f"{summary['tokens']:,}"),
+            ("steps", f"{summary['steps']:,}"),
+            ("time", duration(summary["seconds"])),
+            ("tokens/s", f"{summary['tokens_per_second']:,.0f}"),
+            ("MFU", f"{summary['mfu']:.0%}"),
+            ("parameters", f"{summary['parameters']:,}"),
+            ("peak memory", bytes_of(summary["peak_memory_bytes"])),
+        ]
+    if "energy" in summary:
+        pairs.append(("energy" if summary["energy"]["by"].startswith("measured") else "energy, estimated",
+                      in_words(summary["energy"]["joules"])))  # fmt: skip
+    return pairs
+
+
+def curve(title: str, run: Run, others: list[Run], name: str, own: str | None) -> str:
+    some = [charts.Line("held out" if own else run.name, run.metrics.get(name, []))]
+    if own:
+        some.append(charts.Line("training", run.metrics.get(own, [])))
+    some += [charts.Line(other.name, other.metrics.get(name, []), True) for other in others]
+    if not any(len(line.points) > 1 for line in some if not line.is_faint):
+        return ""
+    return charts.lines(title, "tokens", some)
+
+
+def samples(folder: Path) -> str:
+    """Of the last validation; those before it folded away."""
+    file = folder / "samples.jsonl"
+    if not file.is_file():
+        return ""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    by_step: dict[int, str] = {}
+    for row in rows:
+        text = row["text"].removeprefix(row["prompt"])
+        by_step[row["step"]] = by_step.get(row["step"], "") + preformatted(text, row["prompt"])
+    *before, last = by_step
+    earlier = "".join(folded(f"step {step:,}", by_step[step]) for step in before[::-1])
+    return f'<p class="about">step {last:,}</p>{by_step[last]}{earlier}'
+
+
+def unusual(folder: Path) -> str:
+    file = folder / "unusual_steps.jsonl"
+    if not file.is_file():
+        return ""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    shown = [
+        [f"{row['step']:,}", row["loss"], row["grad_norm"], ", ".join(map(str, row["rows"][:8]))] for row in rows[:MOST]
+    ]
+    more = f'<p class="about">{len(rows) - MOST:,} more in {file.name}</p>' if len(rows) > MOST else ""
+    return table(["step", "loss", "gradient norm", "rows"], shown) + more
+
+
+def planned(summary: dict) -> str:
+    foreseen, measured = summary.get("planned"), summary.get("measured")
+    if not foreseen or not measured:
+        return ""
+    forms = {"peak_memory_bytes": bytes_of, "steps": "{:,}".format, "tokens": "{:,}".format, "seconds": duration,
+             "mfu": "{:.0%}".format}  # fmt: skip
+    rows = [
+        [name.replace("_bytes", "").replace("_", " "), form(foreseen[name]), form(measured[name])]
+        for name, form in forms.items()
+        if foreseen.get(name) is not None and measured.get(name) is not None
+    ]
+    return table(["", "planned", "measured"], rows)
+
+
+def drawn(summary: dict) -> str:
+    energy = summary.get("energy")
+    if not energy:
+        return ""
+    rows = [
+        ["energy", in_words(energy["joules"])],
+        ["", f"{energy['kwh']:.4g} kWh"],
+        ["CO2e", f"{energy['co2e_grams']:.3g} g"],
+        ["a million tokens", in_words(energy["joules_per_million_tokens"])],
+        ["how", energy["by"]],
+    ]
+    return table(["", ""], rows)
+
+
+def differences(run: Run, others: list[Run]) -> str:
+    mine, theirs = flat(run.config), flat(others[0].config)
+    rows = [
+        [name, str(mine.get(name, "")), str(theirs.get(name, ""))]
+        for name in sorted({*mine, *theirs})
+        if mine.get(name) != theirs.get(name) and not name.startswith(("trainer.default_root_dir", "ckpt_path"))
+    ]
+    if not rows and others[0].config:
+        return '<p class="about">nothing</p>'
+    return table(["", run.name, others[0].name], rows)
+
+
+def flat(config: object, name: str = "") -> dict[str, object]:
+    if isinstance(config, dict) and config:
+        found = {}
+        for key, value in config.items():
+            found |= flat(value, f"{name}.{key}" if name else str(key))
+        return found
+    return {name: config}
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def write_run_page(folder: Path) -> Path:
+    file = folder / FILE
+    file.write_text(run_page(read_run(folder), neighbours(folder)))
+    return file
