@@ -21,7 +21,7 @@ def compare(
     data: Texts,
     contrasts: Path | None = None,
     energy: bool | None = None,
-    x: list[str] | None = None,
+    x: list[str] | str | None = None,
     y: str | None = None,
     output: str | None = None,
     max_contrasts: PositiveInt | None = None,
@@ -34,7 +34,7 @@ def compare(
         contrasts: Pairs of sentences by which bias is measured: CrowS-Pairs' file, or WinoBias' folder.
         energy: Whether to measure joules. Left out: where codecarbon is installed.
         x: Of the page's pictures what costs, such as parameters, bytes, bytes_in_memory, prompt_ms, token_ms, joules.
-            Left out: bytes and milliseconds.
+            Several as '[bytes, token_ms]', which it is where it is left out.
         y: What is bought: bits_per_byte, a metric of the task, prefers_stereotype, and all others of compare.json.
             Left out: bits per byte, or the metric that the runs were kept by.
         output: A folder for compare.html, compare.json and compare.txt.
@@ -78,11 +78,12 @@ def read_contrasts(path: Path, most: int | None) -> list:
     return found[:: max(1, len(found) // most)][:most] if most else found
 
 
-def chosen_axes(judged: list, x: list[str] | None, y: str | None) -> list[tuple[str, str]]:
+def chosen_axes(judged: list, x: list[str] | str | None, y: str | None) -> list[tuple[str, str]]:
     """Raises ValueError for a figure that there is not."""
     first = judged[0]
     quality = y or ("bits_per_byte" if "bits_per_byte" in first.figures else first.metric)
-    costs = x or ["bytes", "token_ms" if "token_ms" in first.figures else "prompt_ms"]
+    costs = [x] if isinstance(x, str) else x
+    costs = costs or ["bytes", "token_ms" if "token_ms" in first.figures else "prompt_ms"]
     for name in [*costs, *([quality] if quality else [])]:
         if name not in first.figures:
             raise ValueError(f"{name} is no figure of {first.name}; it has {', '.join(first.figures)}")

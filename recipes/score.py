@@ -4,10 +4,11 @@ Run:
     python recipes/score.py --model runs/pretrain-DATE --data.path held_out.txt
     python recipes/score.py --model gpt2 --data.path news.jsonl --data.text_column body --stride 256 --json
     python recipes/score.py --model DIR --data.path stories.txt --data.separator "<|endoftext|>"
-    python recipes/score.py --model DIR --task choices --data.path arc_easy.jsonl copa.jsonl
+    python recipes/score.py --model DIR --task choices --data.path arc_easy.jsonl
     python recipes/score.py --model DIR --task pairs --data.path blimp.jsonl
     python recipes/score.py --model DIR --task crows_pairs --data.path crows_pairs_anonymized.csv
     python recipes/score.py --model runs/tuned/model-int4 --task tuned
+    python recipes/score.py --model DIR --task generations --data.path held_out.txt --writing.train_path texts/
 
 A causal model predicts each document from its beginning: the first token from the tokenizer's bos (else eos) token.
 A masked model is scored by its pseudo-likelihood: each token masked once, predicted from all the others

@@ -46,6 +46,7 @@ def place(tmp_path_factory, corpus):
     (folder / "held_out.txt").write_text(text[:500])
     (folder / "stories.txt").write_text(text[:300] + "<|endoftext|>" + text[300:600])
     (folder / "prompt.txt").write_text("def f")
+    write_questions(folder)
     lines = [f"{'fine' if i % 2 else 'dull'} film number {i},{i % 2}" for i in range(60)]
     (folder / "reviews.csv").write_text("\n".join(["review,label", *lines, ""]))
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -116,8 +117,10 @@ def test_a_command_runs_as_it_is_written(command, place, monkeypatch, capsys):
     elif script == "recipes/compress.py":
         arguments = small_compression(arguments, place)
         monkeypatch.setattr(os, "execv", lambda file, words: sys.exit(subprocess.run(words).returncode))
+    elif script == "recipes/compare.py":
+        arguments = small_comparison(arguments, place)
     else:  # whatever model the command names
-        arguments[arguments.index("--model") + 1] = "run/model"
+        arguments[arguments.index("--model") + 1] = "runs/tuned" if "tuned" in arguments else "run/model"
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for what runs in processes of its own
@@ -126,6 +129,24 @@ def test_a_command_runs_as_it_is_written(command, place, monkeypatch, capsys):
     except SystemExit as end:
         assert not end.code, capsys.readouterr().err
     assert capsys.readouterr().out.strip()
+
+
+def write_questions(folder: Path) -> None:
+    question = {"query": "def f0_1(x,", "choices": ["y=0):", "y=1):"], "gold": 0}
+    (folder / "arc_easy.jsonl").write_text(json.dumps(question) + "\n")
+    pair = {"sentence_good": "return x * 1", "sentence_bad": "return return x"}
+    (folder / "blimp.jsonl").write_text(json.dumps(pair) + "\n")
+    (folder / "crows_pairs_anonymized.csv").write_text("sent_more,sent_less,bias_type\nhe is,she is,gender\n")
+
+
+def small_comparison(arguments: list[str], place: Path) -> list[str]:
+    """Of the model at hand and a copy of it."""
+    if not (place / "copy").exists():
+        shutil.copytree(place / "run" / "model", place / "copy")
+    flags = arguments[next((i for i, word in enumerate(arguments) if word.startswith("--")), len(arguments)) :]
+    flags = [re.sub("^held_out/$", "texts", flag) for flag in flags]
+    read = [] if "--data.path" in flags else ["--data.path", "texts"]
+    return ["run", "copy", *flags, *read, "--data.val_fraction", "0.3"]
 
 
 def small_compression(arguments: list[str], place: Path) -> list[str]:
