@@ -34,6 +34,7 @@ from lightning_modules.callbacks.energy import Energy
 from lightning_modules.callbacks.fake_quantization import FakeQuantization
 from lightning_modules.callbacks.guard import Guard
 from lightning_modules.callbacks.horizon import Horizon
+from lightning_modules.callbacks.model_artifact import ModelArtifact
 from lightning_modules.callbacks.plan import Plan
 from lightning_modules.callbacks.predictions import HeldOutPredictions, Predictions
 from lightning_modules.callbacks.progress import Progress
@@ -300,7 +301,7 @@ class RecipeCLI(LightningCLI):
             settings["callbacks"].append(Agreement(flags_of(self.config[self.subcommand])))
         trainer = super().instantiate_trainer(**settings)
         # Comparison and FakeQuantization add to what Report has written; Recovery may leave: all others first.
-        last = (FakeQuantization, Comparison, Recovery)
+        last = (FakeQuantization, ModelArtifact, Comparison, Recovery)
         trainer.callbacks.sort(key=lambda callback: last.index(type(callback)) if type(callback) in last else -1)
         return trainer
 

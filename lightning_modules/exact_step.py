@@ -301,6 +301,11 @@ class ExactStep(LightningModule):
         self.step_grad_norm = norm * self._scale
         self.step_is_finite = bool(torch.isfinite(nats) & (not_finite == 0))
 
+    @property
+    def gradient_scale(self) -> float:
+        """By which the sums that backward leaves become the gradient of the mean over the step's tokens."""
+        return float(self._scale)
+
     def _copies(self, parameter: nn.Parameter) -> int:
         """How many ranks have the same part of it."""
         ranks, strategy = self.trainer.world_size, self.trainer.strategy

@@ -3,10 +3,11 @@
 import csv
 import netrc
 import os
+import secrets
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_modules.redaction import redacted
 
+SOURCE = Path(__file__).parents[1]
+RUN_ID = ".wandb_run_id"
 METRICS = (
     "train/loss",
     "train/grad_norm",
@@ -81,6 +84,20 @@ class ShieldedWandb(WandbLogger):
 
     gave_up = False
 
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self._defined: set[str] = set()
+        self.counted: dict[str, int] = {}
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Each name is drawn over `tokens`, told by its exact name: Lightning's own definition is a glob, and where
+        several fit a name the first of an unordered map wins."""
+        for name in metrics.keys() - self._defined if rank_zero_only.rank == 0 else ():
+            if "/" in name:
+                self.experiment.define_metric(name, step_metric="tokens", step_sync=True)
+            self._defined.add(name)
+        super().log_metrics(metrics, step)
+
     @property
     def experiment(self) -> object:
         if self.gave_up or rank_zero_only.rank > 0:
@@ -93,12 +110,25 @@ class ShieldedWandb(WandbLogger):
                 self._give_up(error)
                 return _DummyExperiment()
             _warn(f"{_first_line(error)}; this run is logged offline")
+            import wandb
+
+            wandb.teardown()  # whose process holds the run's id
             self._offline, self._wandb_init["mode"] = True, "offline"
             return self.experiment
 
     def log_hyperparams(self, params: dict) -> None:
         try:
             super().log_hyperparams(params)
+        except Exception as error:
+            self._give_up(error)
+
+    def add_tags(self, tags: Sequence[str]) -> None:
+        if self.gave_up or rank_zero_only.rank > 0:
+            return
+        self.experiment  # noqa: B018 - which begins the run, offline if it must
+        try:
+            run = WandbLogger.experiment.fget(self)
+            run.tags = tuple(dict.fromkeys([*(run.tags or ()), *(tag[:64] for tag in tags if tag)]))
         except Exception as error:
             self._give_up(error)
 
@@ -145,15 +175,30 @@ def wandb_logger(folder: Path, recipe: str) -> WandbLogger:
     logger = ShieldedWandb(
         name=folder.name,
         save_dir=str(folder),
+        id=run_id(folder),
+        resume="allow",
         project=os.environ.get("WANDB_PROJECT", "lightning-lm-recipes"),
         group=recipe,
         job_type=recipe,
         mode=mode,
-        settings=wandb.Settings(console="off", silent=True, init_timeout=5, finish_timeout=20),
+        # Where the source is, so that its commit, and what was changed since, are known.
+        settings=wandb.Settings(console="off", silent=True, init_timeout=5, finish_timeout=20, git_root=str(SOURCE)),
     )
     # Lightning passes an option that W&B no longer has, at the price of a warning at the top of every run.
     logger._wandb_init.pop("anonymous", None)
     return logger
+
+
+def run_id(folder: Path) -> str:
+    """Of the run in a folder, the same whenever it goes on; another where nothing was logged yet."""
+    file = folder / RUN_ID
+    if given := os.environ.get("WANDB_RUN_ID"):  # a sweep's
+        return given
+    if rank_zero_only.rank > 0:
+        return "none"  # of ranks that log nothing
+    if not (file.is_file() and (folder / "metrics.csv").is_file()):
+        file.write_text(f"{secrets.token_hex(4)}\n")
+    return file.read_text().strip()
 
 
 def wandb_mode() -> Literal["online", "offline"]:
@@ -195,11 +240,30 @@ def forget_after(loggers: list[Logger], step: int) -> None:
                 csv.writer(lines, lineterminator="\n").writerows([header, *kept])
 
 
-def define_metrics(logger: Logger) -> None:
-    """Exact names over `tokens`: Lightning's own definition is a glob, and the first match of an unordered map wins."""
-    if isinstance(logger, WandbLogger):
-        for name in METRICS:
-            logger.experiment.define_metric(name, step_metric="tokens", step_sync=True)
+def tag(loggers: list[Logger], *tags: str) -> None:
+    """What a run is, beside what its project, group and job type say."""
+    for logger in loggers:
+        if isinstance(logger, ShieldedWandb):
+            logger.add_tags(tags)
+
+
+def count_event(loggers: list[Logger], name: str, tokens: int) -> None:
+    """One more of what ought not to happen often, as events/NAME over `tokens`; metrics.csv has columns of its own."""
+    for logger in loggers:
+        if isinstance(logger, ShieldedWandb):
+            logger.counted[name] = logger.counted.get(name, 0) + 1
+            logger.experiment.log({f"events/{name}": logger.counted[name], "tokens": tokens})
+
+
+def keep_model(loggers: list[Logger], folder: Path, aliases: Sequence[str]) -> None:
+    """The model's folder as an artifact of the run."""
+    import wandb
+
+    for logger in loggers:
+        if isinstance(logger, ShieldedWandb) and rank_zero_only.rank == 0:
+            artifact = wandb.Artifact(f"model-{logger.version}", type="model")
+            artifact.add_dir(str(folder))
+            logger.experiment.log_artifact(artifact, aliases=list(aliases))
 
 
 def finish(loggers: list[Logger]) -> None:

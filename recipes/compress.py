@@ -309,25 +309,26 @@ def report(model: list[str], data: Texts, output: str | None = None) -> None:
         data: Where the text is, by whose held-out part they are judged.
         output: A folder for the table, the same as JSON, and a picture of bits per byte against bytes and time.
     """
+    from lightning_modules import energy as meters
     from lightning_modules.evaluation.judged_table import save
 
     if output is not None:
         require_package("matplotlib")
     if twice := [name for place, name in enumerate(model) if name in model[:place]]:
         raise ValueError(f"--model has {twice[0]} twice; name it once")
-    found = finish({name: opened(name) for name in model}, data)
+    found = finish({name: opened(name) for name in model}, data, energy=meters.is_wanted())
     if output is not None:
         save(found, Path(output))
         print(f"files  {output}: report.txt, report.json, report.png")
 
 
-def finish(models: "dict[str, Opened]", data: Texts) -> "list[Judged]":
+def finish(models: "dict[str, Opened]", data: Texts, energy: bool = False) -> "list[Judged]":
     from lightning_modules.evaluation.judged_table import table
-    from lightning_modules.evaluation.judging import judge, validated
+    from lightning_modules.evaluation.judging import Wanted, judge, validated
 
     scored = next(iter(models.values())).scores_text
     tasks = validated(models)
-    found = judge(models, documents(data, "val") if scored else [], tasks)
+    found = judge(models, documents(data, "val") if scored else [], tasks, Wanted(energy=energy))
     print(table(found), flush=True)
     return found
 

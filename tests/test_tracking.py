@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -33,6 +34,61 @@ def test_a_run_without_an_account_is_logged_offline_under_its_stable_names(corpu
     missing = [name for name in (*tracking.METRICS, "tokens") if name not in logged]
     assert not missing, logged[:2000]
     assert f"wandb sync {run}" in " ".join(capsys.readouterr().out.split())
+
+
+def offline(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+
+
+def test_a_run_that_goes_on_is_the_same_run_in_wandb(corpus, tmp_path, monkeypatch):
+    offline(monkeypatch, tmp_path)
+    fit(tmp_path / "a", corpus, **{"trainer.max_steps": 2})
+    fit(tmp_path / "a", corpus, **{"trainer.max_steps": 4, "ckpt_path": "last"})
+    fit(tmp_path / "b", corpus, **{"trainer.max_steps": 2})
+    names = [sorted(folder.name[-8:] for folder in (tmp_path / run / "wandb").glob("offline-run-*")) for run in "ab"]
+    assert len(names[0]) == 2 and names[0][0] == names[0][1] != names[1][0]
+
+
+def records(run: Path, kind: str) -> list[dict]:
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(run)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [found[kind] for found in map(json.loads, lines) if found["type"] == kind]
+
+
+def test_every_logged_name_is_drawn_over_tokens(corpus, tmp_path, monkeypatch):
+    offline(monkeypatch, tmp_path)
+    layers = {"trainer.callbacks+": "lightning_modules.callbacks.layers.Layers", "trainer.callbacks.every_n_steps": 2}
+    fit(tmp_path, corpus, **layers, **{"trainer.callbacks.histograms": "true", "trainer.log_every_n_steps": 1})
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    over = {found["name"]: found.get("step_metric") for found in records(run, "metric") if "name" in found}
+    logged = {name for line in records(run, "history") for name in names_of(line)}
+    named = {name for name in logged if "/" in name and name != "trainer/global_step"}
+    assert {"train/loss", "val/loss", "val/bits_per_byte"} <= named
+    assert any(name.startswith("layers/grad_norm/") for name in named)
+    assert any(name.startswith("layers/weights/") for name in named)
+    assert not [name for name in named if over.get(name) != "tokens"]
+    assert "layers/" not in (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    last = {name: value for line in records(run, "history") for name, value in line["item"].items()}
+    norms = [value for name, value in last.items() if name.startswith("layers/grad_norm/")]
+    assert sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(last["train/grad_norm"], rel=1e-4)
+    (about,) = [found for found in records(run, "run") if found.get("tags")][-1:]
+    assert {"CausalLM", "causal"} <= set(about["tags"]) and about["run_group"] == about["job_type"] == "pretrain"
+
+
+def names_of(history: dict) -> list[str]:
+    """Of a histogram, which is written in parts, its own."""
+    return [re.sub(r"\.(_type|values|bins|packedBins\.\w+)$", "", name) for name in history["item"]]
+
+
+def test_a_model_is_kept_as_an_artifact_where_that_is_asked_for(corpus, tmp_path, monkeypatch):
+    offline(monkeypatch, tmp_path)
+    kept = []
+    monkeypatch.setattr(tracking, "keep_model", lambda loggers, folder, aliases: kept.append((folder, aliases)))
+    fit(tmp_path, corpus, **{"trainer.callbacks+": "lightning_modules.callbacks.model_artifact.ModelArtifact"})
+    ((folder, aliases),) = kept
+    assert folder == tmp_path / "model" and aliases == ["best", "latest"] and (folder / "config.json").is_file()
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -55,16 +55,16 @@ class Samples(Callback):
         for text in texts:
             print("  │ " + text.rstrip().replace("\n", "\n  │ "))
         rows = [[trainer.global_step, redacted(p), redacted(t)] for p, t in zip(self.prompts, texts, strict=True)]
-        keep(Path(trainer.default_root_dir) / FILE, rows)
+        so_far = keep(Path(trainer.default_root_dir) / FILE, rows)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_text("samples", columns=list(COLUMNS), data=rows)
+                logger.log_text("samples", columns=list(COLUMNS), data=so_far)
 
 
-def keep(file: Path, rows: list[list[object]]) -> None:
-    """Adds lines to a file, without those of steps that are done again."""
-    step = rows[0][0]
+def keep(file: Path, rows: list[list[object]]) -> list[list[object]]:
+    """Adds lines to a file, without those of steps that are done again; returns all that are in it."""
     lines = file.read_text().splitlines() if file.is_file() else []
-    before = [line for line in lines if json.loads(line)["step"] < step]
-    new = [json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) for row in rows]
-    file.write_text("\n".join([*before, *new]) + "\n")
+    before = [[found[name] for name in COLUMNS] for found in map(json.loads, lines) if found["step"] < rows[0][0]]
+    found = [dict(zip(COLUMNS, row, strict=True)) for row in [*before, *rows]]
+    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found))
+    return [*before, *rows]

@@ -30,8 +30,8 @@ class Speed(Callback):
         self.matrix_flops = hardware.matrix_flops(device, dtype, torch.get_num_threads()) * trainer.world_size
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        for logger in trainer.loggers:
-            tracking.define_metrics(logger)
+        kind = type(getattr(module.network, "config", None)).__name__
+        tracking.tag(trainer.loggers, type(module).__name__, kind, str(module.objective), str(trainer.precision))
         # What start-up made lives as long as the run: the collector need not look at a million objects again and again.
         gc.collect()
         gc.freeze()
