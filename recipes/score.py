@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from lightning_modules.model_folder import LoadedModel
 
 Task = Literal[
-    "text", "choices", "cloze", "pairs", "crows_pairs", "stereoset", "winobias", "bbq", "tuned", "generations"
+    *("text", "choices", "cloze", "pairs"),
+    *("crows_pairs", "stereoset", "winobias", "bbq"),
+    *("tuned", "generations", "lm_eval"),
 ]
 
 
@@ -56,6 +58,21 @@ class Texts:
     text_column: str = "text"
     on_bad_row: Literal["error", "skip"] = "error"
     separator: str | None = None
+
+
+@dataclass
+class Harness:
+    """Tasks of lm-evaluation-harness.
+
+    Args:
+        tasks: By name, one or several.
+        include_path: A folder with tasks as YAML, of files on this machine for example; only these are known then.
+        few_shot: Examples before each question. Left out: as the task says.
+    """
+
+    tasks: list[str] | str | None = None
+    include_path: Path | None = None
+    few_shot: int | None = None
 
 
 @dataclass
@@ -111,6 +128,7 @@ def score(
     model: str,
     data: Texts,
     writing: Writing,
+    lm_eval: Harness,
     task: Task = "text",
     document_start: bool | None = None,
     config: Path | None = None,
@@ -129,10 +147,11 @@ def score(
         model: A run's folder, a transformers folder, or a name on the Hub.
         data: Where the text is.
         writing: Of generations.
+        lm_eval: Of lm_eval.
         task: text: bits per byte. choices: questions with a right answer. cloze: a blank at the end. pairs: the good of
             two sentences. crows_pairs, stereoset, winobias, bbq: bias, from the files these are published as. tuned:
             the task that the model was fine-tuned for, by its own held-out examples. generations: what it writes,
-            beside what really follows.
+            beside what really follows. lm_eval: tasks of lm-evaluation-harness.
         document_start: Of all but text and tuned: whether a question begins with the token that opens a document. Left
             out: as the tokenizer does it.
         config: Of tuned: the config.yaml of the fine-tuning. Left out: that of the model's run.
@@ -146,30 +165,44 @@ def score(
         dtype: Precision of the weights; auto: as they were saved.
         trust_remote_code: Run the code that the model's folder brings along.
     """
+    require_used(task, {"seq_len": seq_len, "stride": stride}, document_start, lm_eval, data)
     if task == "tuned":
+        from lightning_modules.evaluation.tasks import of_tuning
+
         print_measures({str(model): of_tuning(model, config)}, model, task, as_json=json)
         return
-    if data.path is None:
-        raise ValueError("nothing to score; pass files by --data.path")
-    if task != "text" and (seq_len or stride):
-        raise ValueError(f"--{'seq_len' if seq_len else 'stride'} is for texts; leave it out with --task {task}")
-    documents, questions = iter(()), {}
+    documents, rows = iter(()), {}
     if task in ("text", "generations"):
         documents = read_documents(data)
         first = next(documents, None)
         if first is None:
             raise ValueError(f"no text in {data.path}; pass other files by --data.path")
-    else:
-        questions = read_rows(data, task)
+    elif task != "lm_eval":
+        from datamodules.judged_rows import read_rows
+
+        paths = [data.path] if isinstance(data.path, str) else data.path
+        rows = read_rows(paths, task, data.on_bad_row == "skip")
     from datamodules import hub
     from lightning_modules.model_folder import load
 
     loaded = load(model, tokenizer, device, dtype, trust_remote_code, hub.is_within_reach)
+    if task == "lm_eval":
+        print_results(loaded, lm_eval, as_json=json)
+        return
     if task == "generations":
-        print_measures(of_writing(loaded, [first, *documents], writing), loaded.folder, task, as_json=json)
+        from lightning_modules.evaluation.tasks import of_writing
+
+        settings = vars(writing).copy()
+        trained_on = settings.pop("train_path")
+        if trained_on is not None:
+            trained_on = "\n".join(read_documents(Texts(path=trained_on, on_bad_row="skip")))
+        judged = of_writing(loaded, [first, *documents], **settings, trained_on=trained_on)
+        print_measures(judged, loaded.folder, task, as_json=json)
         return
     if task != "text":
-        judged = judge(loaded, task, questions, document_start, batch_size)
+        from lightning_modules.evaluation.tasks import judged as by_rows
+
+        judged = by_rows(loaded, task, rows, document_start, batch_size)
         print_measures(judged, loaded.folder, task, as_json=json)
         return
     if loaded.kind == "encoder-decoder":
@@ -185,105 +218,32 @@ def score(
     report(scorer, loaded, as_json=json)
 
 
-def read_rows(data: Texts, task: Task) -> dict[str, list]:
-    """By file, whole."""
-    from datamodules import bias_rows
-    from datamodules.files import ROW_FORMATS, BadRows, text_format
-    from datamodules.questions import read_questions
-    from datamodules.sources import find_files
-
-    paths = [data.path] if isinstance(data.path, str) else data.path
-    bad_rows = BadRows(skip=data.on_bad_row == "skip")
-    if task == "winobias":
-        files = [file for path in paths for file in (sorted(Path(path).glob("*_stereotyped_*")) or [Path(path)])]
-        return {"WinoBias": list(bias_rows.read_winobias(files))}
-    found = {}
-    for file in find_files(paths, "--data.path"):
-        if text_format(file) not in ROW_FORMATS and str(file) not in paths:  # what else lies in a folder
-            continue
-        if task == "crows_pairs":
-            rows = bias_rows.read_crows_pairs(file, bad_rows)
-        elif task == "stereoset":
-            rows = bias_rows.read_stereoset(file)
-        elif task == "bbq":
-            rows = bias_rows.read_bbq(file, bad_rows)
-        else:
-            rows = read_questions(file, task, bad_rows)
-        found[str(file)] = list(rows)
-        if not found[str(file)]:
-            raise ValueError(f"{file} has no row for --task {task}; pass other files by --data.path")
-    if not found:
-        raise ValueError(f"no file of rows in {data.path}; pass {', '.join(ROW_FORMATS)}")
-    for name, count in bad_rows.skipped.items():
-        print(f"note: {count} rows of {name} could not be read and are left out", file=sys.stderr)
-    return found
+def require_used(task: Task, of_text: dict, document_start: bool | None, lm_eval: Harness, data: Texts) -> None:
+    """Raises ValueError for what is missing, and for flags that the task would pass over."""
+    given = [name for name, value in of_text.items() if value is not None]
+    if task != "text" and given:
+        raise ValueError(f"--{given[0]} is for texts; leave it out with --task {task}")
+    if document_start is not None and task in ("text", "tuned", "generations", "lm_eval"):
+        raise ValueError(f"--document_start changes nothing with --task {task}; leave it out")
+    if task == "lm_eval" and not lm_eval.tasks:
+        raise ValueError("no task; pass --lm_eval.tasks arc_easy, or '[arc_easy, piqa]'")
+    if task not in ("tuned", "lm_eval") and data.path is None:
+        raise ValueError("nothing to score; pass files by --data.path")
 
 
-def judge(
-    loaded: "LoadedModel", task: Task, rows: dict[str, list], document_start: bool | None, batch_size: int | None
-) -> "dict[str, Measures]":
-    from lightning_modules.evaluation import bias, choices
-    from lightning_modules.evaluation.continuations import Continuations
+def print_results(loaded: "LoadedModel", lm_eval: Harness, as_json: bool) -> None:
+    from importlib.util import find_spec
 
-    if loaded.kind == "encoder-decoder":
-        raise ValueError(f"{loaded.folder} is an encoder-decoder: it gives no probability to a text without a source")
-    masked = loaded.kind == "masked"
-    score = Continuations(loaded.model, loaded.tokenizer, masked, loaded.max_positions, document_start)
-    of_bias = {"stereoset": bias.associations, "bbq": bias.bias_questions}
-    of_bias |= {"crows_pairs": bias.contrasts, "winobias": bias.contrasts}
-    if task in of_bias:
-        return {file: of_bias[task](some, score, batch_size) for file, some in rows.items()}
-    return {file: choices.JUDGES[task](some, choices.answered(some, score, batch_size)) for file, some in rows.items()}
+    if find_spec("lm_eval") is None:
+        raise ValueError("--task lm_eval needs lm-eval, which is not installed: pip install '.[score]'")
+    from lightning_modules.evaluation.harness import lines, run_tasks
 
-
-def of_writing(loaded: "LoadedModel", documents: list[str], writing: Writing) -> "dict[str, Measures]":
-    """Of what the model writes and, as its measure, of what stands there."""
-    from lightning_modules.evaluation import generations
-    from lightning_modules.evaluation.generations import Memory, Text
-
-    if loaded.kind != "causal":
-        raise ValueError(f"{loaded.folder} is no causal model: it writes nothing")
-    room = writing.prompt_tokens + writing.max_new_tokens
-    if loaded.max_positions is not None and room > loaded.max_positions:
-        raise ValueError(f"--writing: {room} tokens, and the model has {loaded.max_positions} positions; pass fewer")
-    tokenizer, prompts, real = loaded.tokenizer, [], []
-    step = max(1, len(documents) // writing.rows)
-    for document in documents[::step]:
-        ids = tokenizer(document, split_special_tokens=True, verbose=False)["input_ids"]
-        if len(ids) > writing.prompt_tokens and len(prompts) < writing.rows:
-            prompts.append(ids[: writing.prompt_tokens])
-            rest = ids[writing.prompt_tokens : room]
-            real.append(Text(rest, tokenizer.decode(rest, skip_special_tokens=True), len(ids) < room))
-    if not prompts:
-        raise ValueError(
-            f"no document is longer than {writing.prompt_tokens} tokens; pass fewer --writing.prompt_tokens"
-        )
-    memory = None
-    if writing.train_path is not None:
-        memory = Memory("\n".join(read_documents(Texts(path=writing.train_path, on_bad_row="skip"))).encode())
-    limits = (writing.max_new_tokens, writing.temperature, writing.seed)
-    own = generations.written(loaded.model, tokenizer, prompts, *limits)
-    return {
-        "what the model writes": generations.judged(own, memory),
-        "what follows in the text": generations.judged(real, memory),
-    }
-
-
-def of_tuning(model: str, config: Path | None) -> "Measures":
-    """What the model's own task says, with the interval of the mean of the examples' scores."""
-    from lightning_modules.compression.opened import done_so_far
-    from lightning_modules.evaluation.measures import Measures
-    from lightning_modules.model_folder import find_folder
-    from lightning_modules.task_scores import task_config, task_scores
-
-    folder = find_folder(model)
-    config = config or task_config(folder) or task_config(str(done_so_far(folder)["source"]))
-    if config is None:
-        raise ValueError(f"no config.yaml of a fine-tuning beside {folder}; pass one by --config")
-    found = task_scores(config, folder)
-    of_all = {name: lambda means, value=value: value + 0 * means["score"] for name, value in found.metrics.items()}
-    figures = {f"{found.by}": of_all.pop(found.by)} | of_all | {"score of an example": lambda means: means["score"]}
-    return Measures({"score": found.scores_D}, [""] * len(found.scores_D), figures)
+    tasks = [lm_eval.tasks] if isinstance(lm_eval.tasks, str) else lm_eval.tasks
+    found = run_tasks(loaded, tasks, lm_eval.include_path, lm_eval.few_shot)
+    if as_json:
+        print(json_format.dumps({"task": "lm_eval", "model": loaded.folder, "results": found}))
+        return
+    print("\n".join(lines(found)))
 
 
 def print_measures(judged: "dict[str, Measures]", model: str, task: Task, as_json: bool) -> None:

@@ -399,6 +399,8 @@ def test_a_folder_is_judged_by_files_of_questions(tmp_path, capsys):
         (["--task", "pairs", "--data.path", "{}"], "wants sentence_good and sentence_bad"),
         (["--task", "tuned"], "no config.yaml of a fine-tuning"),
         (["--task", "bbq", "--data.path", "{}"], "is none of BBQ"),
+        (["--task", "lm_eval"], "pass --lm_eval.tasks"),
+        (["--document_start", "true", "--data.path", "{}"], "--document_start changes nothing"),
     ],
 )
 def test_mistakes_are_one_line(flags, said, tmp_path, capsys):
@@ -452,6 +454,12 @@ def test_the_same_rows_score_as_in_lm_eval(tmp_path, capsys):
     for name in ("arc", "copa"):
         assert tasks[name]["accuracy_by_length"] == pytest.approx(theirs[name]["acc_norm,none"], abs=1e-9)
     assert tasks["lambada"]["perplexity"] == pytest.approx(theirs["lambada"]["perplexity,none"], rel=1e-4)
+    harness = ["--task", "lm_eval", "--lm_eval.tasks", "[copa, lambada]", "--lm_eval.include_path", str(tmp_path)]
+    score.main(["--model", str(model), *harness, "--json"])
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["results"]
+    assert found["copa"]["acc"] == theirs["copa"]["acc,none"] and found["copa"]["acc_stderr"] > 0
+    score.main(["--model", str(model), *harness])
+    assert "perplexity" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")
