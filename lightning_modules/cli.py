@@ -27,7 +27,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import WandbLogger
 from transformers import PreTrainedConfig
 
-from lightning_modules import hardware, tracking
+from lightning_modules import explaining, hardware, tracking
 from lightning_modules.callbacks.agreement import Agreement
 from lightning_modules.callbacks.comparison import Comparison
 from lightning_modules.callbacks.energy import Energy
@@ -207,6 +207,7 @@ class RecipeCLI(LightningCLI):
         given = any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args)
         if args and args[0] in self.subcommands() and not given and self.default_config.exists():
             args[1:1] = ["--config", str(self.default_config)]
+        self.words = args[1:]
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
@@ -221,6 +222,7 @@ class RecipeCLI(LightningCLI):
         self.ckpt_path = find_checkpoint(config.ckpt_path, folder)
 
     def before_instantiate_classes(self) -> None:
+        self.parsed = explaining.flat(self.config[self.subcommand])
         trainer = self.config[self.subcommand].trainer
         on_cpu = trainer.accelerator == "cpu" or not torch.cuda.is_available()
         if self.subcommand == "plan":
@@ -304,6 +306,13 @@ class RecipeCLI(LightningCLI):
         last = (FakeQuantization, ModelArtifact, Comparison, Recovery)
         trainer.callbacks.sort(key=lambda callback: last.index(type(callback)) if type(callback) in last else -1)
         return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:
+        settings = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand != "explain":
+            return settings
+        final = explaining.flat(self.config[subcommand])
+        return settings | {"settings": explaining.origins(self.parsed, final, self.words)}
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:

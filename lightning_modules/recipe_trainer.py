@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lightning_modules import hardware, planning, simulation
+from lightning_modules import explaining, hardware, planning, simulation
 from lightning_modules.callbacks.plan import print_pairs, rows
+from lightning_modules.explaining import Setting
 from lightning_modules.hardware import Device
 from lightning_modules.planning import PLANNED_MFU
 
@@ -27,8 +28,23 @@ def cannot_be_planned() -> Iterator[None]:
 class RecipeTrainer(Trainer):
     """Lightning's, which can plan a run, too."""
 
-    verbs: ClassVar[dict[str, set[str]]] = {"plan": {"model", "datamodule"}}
+    verbs: ClassVar[dict[str, set[str]]] = {
+        "plan": {"model", "datamodule"},
+        "explain": {"model", "datamodule", "settings"},
+    }
     """Of the command line, with the arguments that it does not show."""
+
+    def explain(self, model: LightningModule, datamodule: LightningDataModule, settings: list[Setting]) -> None:
+        """Says where each setting of a run with the same flags comes from, and which change nothing.
+
+        Args:
+            model: Which is not trained.
+            datamodule: Whose text is not read.
+            settings: By the command line.
+        """
+        print("\n".join(explaining.lines(settings)))
+        found = explaining.remarks(self, model, datamodule, settings)
+        print("\n" + "\n".join(f"note: {remark}" for remark in found) if found else "\nnothing is idle")
 
     def plan(
         self,

@@ -1,0 +1,213 @@
+"""Where each setting of a run comes from, and which of them change nothing or contradict each other."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from lightning_modules.finetune import FineTune
+from lightning_modules.schedules import Constant, Schedule
+
+FLAG, DEFAULT = "flag", "default"
+COMPUTED = {
+    "trainer.precision": "what this machine does well",
+    "trainer.accumulate_grad_batches": "--global_batch_size",
+    "trainer.check_val_every_n_epoch": "an interval in steps counts through epochs",
+    "model.teacher": "the newest pretraining in runs/",
+}
+"""Settings that follow from something else, and from what, where they are other than what was said."""
+LINKED = {
+    "data.objective": "linked: --model",
+    **{f"model.architecture.{name}": "computed: the tokenizer" for name in ("vocab_size", "pad_token_id")},
+    **{f"model.architecture.{name}": "computed: the tokenizer" for name in ("bos_token_id", "eos_token_id")},
+}
+"""Settings that are always another's."""
+OF_THE_COMMAND = ("config", "ckpt_path")
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    value: str
+    origin: str
+
+
+def origins(parsed: dict[str, object], final: dict[str, object], words: list[str]) -> list[Setting]:
+    """Of each setting, what is used and where it was said last.
+
+    Args:
+        parsed: By name, as flags and files say it.
+        final: The same once the rest is known.
+        words: Of the command line.
+    """
+    given, files = flags_and_files(words)
+    found = []
+    for name, value in final.items():
+        if name in OF_THE_COMMAND:
+            continue
+        if name in LINKED:
+            origin = LINKED[name]
+        elif name in COMPUTED and value != parsed.get(name):
+            origin = f"computed: {COMPUTED[name]}"
+        elif name in given:
+            origin = FLAG
+        else:
+            origin = next((file for file, names in reversed(files) if name in names), DEFAULT)
+        found.append(Setting(name, in_words(value), origin))
+    return found
+
+
+def flags_and_files(words: list[str]) -> tuple[set[str], list[tuple[str, set[str]]]]:
+    """Names that flags give, and files in order, each with the names that it gives."""
+    given, files = set(), []
+    for place, word in enumerate(words):
+        if not word.startswith("-"):
+            continue
+        name, equals, value = word.partition("=")
+        name = name.lstrip("-").removesuffix("+")
+        if name in ("config", "c"):
+            file = value if equals else words[place + 1]
+            files.append((shown(file), set(names_of(yaml.safe_load(Path(file).read_text())))))
+            continue
+        given.add(canonical(name))
+        value = value if equals else words[place + 1] if place + 1 < len(words) else ""
+        if value.startswith("{"):
+            given |= {canonical(f"{name}.{inner}") for inner in names_of(yaml.safe_load(value))}
+    return given, files
+
+
+def shown(file: str) -> str:
+    path = Path(file).resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
+
+
+def names_of(config: object, name: str = "") -> Iterator[str]:
+    """Of a YAML's settings, each by its whole name."""
+    if isinstance(config, dict) and config:
+        for key, value in config.items():
+            yield from names_of(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield canonical(name)
+
+
+def canonical(name: str) -> str:
+    """As a flag says it: without the words by which classes are nested."""
+    return re.sub(r"\.from_$", ".from", re.sub(r"\.(init_args|class_path)\b", "", name))
+
+
+def flat(config: Namespace) -> dict[str, object]:
+    return {canonical(name): value for name, value in vars(config.as_flat()).items()}
+
+
+def in_words(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(in_words(one) for one in value)
+    if isinstance(value, Namespace) and "class_path" in value:
+        return value.class_path.rpartition(".")[2]
+    return (
+        str(value).rpartition(".")[2]
+        if isinstance(value, str) and value.startswith("lightning_modules.")
+        else str(value)
+    )
+
+
+def lines(settings: list[Setting]) -> list[str]:
+    """What was said first, defaults last; those of Lightning that are not set are left out."""
+    some = [s for s in settings if not (s.origin == DEFAULT and s.value in ("None", "[]", "{}"))]
+    some.sort(key=lambda s: (s.origin == DEFAULT, s.origin.startswith("computed"), s.origin != FLAG, s.name))
+    widths = [max(len(getattr(s, name)) for s in some) for name in ("name", "value")]
+    return [f"{s.name:<{widths[0]}}  {s.value[:60]:<{min(60, widths[1])}}  {s.origin}".rstrip() for s in some]
+
+
+# What changes nothing, or contradicts itself
+
+
+def remarks(trainer: Trainer, module: LightningModule, data: LightningDataModule, settings: list[Setting]) -> list[str]:
+    said, values = {s.name for s in settings if s.origin != DEFAULT}, {s.name: s.value for s in settings}
+    found = [
+        *about_the_schedule(trainer, module.schedule),
+        *about_callbacks(trainer, module),
+        *about_time(trainer),
+        *about_data(data, said, values),
+        *about_flags(trainer, said, values),
+    ]
+    return found
+
+
+def about_the_schedule(trainer: Trainer, schedule: Schedule) -> Iterator[str]:
+    steps = trainer.max_steps
+    if schedule.warmup_steps is not None and 0 < steps <= schedule.warmup_steps:
+        yield f"the warm-up of {schedule.warmup_steps} steps is no shorter than the run of {steps}"
+    every = getattr(schedule, "every", None)
+    if every is not None and 0 < steps <= every:
+        yield f"the rate falls each {every} steps, and the run has {steps}: it never falls"
+    if isinstance(schedule, Constant) and schedule.warmup_steps == 0:
+        yield "the rate is the same from the first to the last step"
+    fraction = getattr(schedule, "decay_fraction", None)
+    if fraction is not None and fraction + schedule.warmup_fraction > 1 and schedule.warmup_steps is None:
+        yield f"warm-up and decay together are {fraction + schedule.warmup_fraction:.0%} of the run"
+
+
+def about_callbacks(trainer: Trainer, module: LightningModule) -> Iterator[str]:
+    known = None if isinstance(module, FineTune) else {"val/loss", "val/perplexity", "val/bits_per_byte"}
+    validations = count_validations(trainer)
+    for callback in trainer.callbacks:
+        monitor = getattr(callback, "monitor", None)
+        name = type(callback).__name__
+        if monitor and known is not None and monitor.startswith("val/") and monitor not in known:
+            yield f"{name} watches {monitor}, which is never logged; it is one of {', '.join(sorted(known))}"
+        if isinstance(callback, EarlyStopping) and validations is not None and callback.patience >= validations:
+            yield f"{name} waits for {callback.patience} validations, and the run has {validations}: it never stops it"
+        if isinstance(callback, ModelCheckpoint) and callback.save_top_k == 0 and not callback.save_last:
+            yield f"{name} keeps nothing"
+
+
+def count_validations(trainer: Trainer) -> int | None:
+    """None where it is not known from the flags alone."""
+    interval, steps = trainer.val_check_interval, trainer.max_steps
+    in_steps = isinstance(interval, int) and trainer.check_val_every_n_epoch is None
+    return steps // (interval // trainer.accumulate_grad_batches or 1) if in_steps and steps > 0 else None
+
+
+def about_time(trainer: Trainer) -> Iterator[str]:
+    if count_validations(trainer) == 0:
+        yield (
+            f"the first validation comes after {trainer.val_check_interval} micro-batches, and the run has "
+            f"{trainer.max_steps} steps: there is none before the end"
+        )
+    limit = getattr(next((c for c in trainer.callbacks if type(c).__name__ == "Timer"), None), "_duration", None)
+    if limit is not None and trainer.max_steps > 0:
+        ends = f"{trainer.max_steps:,} steps or {timedelta(seconds=limit)}"
+        yield f"the run ends after {ends}, what comes first; the schedule follows the one that is further on"
+
+
+def about_data(data: LightningDataModule, said: set[str], values: dict[str, str]) -> Iterator[str]:
+    objective = getattr(data, "objective", None)
+    for name, needed in (("mask_fraction", "masked"), ("mean_span", "denoising")):
+        if f"data.{name}" in said and objective not in (needed, "denoising"):
+            yield f"--data.{name} changes nothing: the objective is {objective}"
+    if "data.val_fraction" in said and values.get("data.val_path", "None") != "None":
+        yield "--data.val_fraction changes nothing: --data.val_path says what is held out"
+    if "data.vocab_size" in said and values.get("data.tokenizer", "None") not in ("None", "bpe"):
+        yield "--data.vocab_size changes nothing: the tokenizer that is given has its own words"
+
+
+def about_flags(trainer: Trainer, said: set[str], values: dict[str, str]) -> Iterator[str]:
+    if "trainer.gradient_clip_algorithm" in said and not trainer.gradient_clip_val:
+        yield "--trainer.gradient_clip_algorithm changes nothing without --trainer.gradient_clip_val"
+    if values.get("samples.max_new_tokens") == "0" and said & {"samples.temperature", "samples.prompts"}:
+        yield "--samples.temperature and --samples.prompts change nothing: --samples.max_new_tokens is 0"
+    if "energy.country" in said and values.get("energy.measure") == "False":
+        yield "--energy.country changes nothing: --energy.measure is false"
+    rate = values.get("model.optimizer.lr")
+    if rate is not None and (not math.isfinite(float(rate)) or float(rate) <= 0):
+        yield f"--model.optimizer.lr is {rate}: nothing is learnt"
+    if "trainer.deterministic" in said:
+        yield "--trainer.deterministic: runs are repeated bit by bit without it, and it refuses some operations"

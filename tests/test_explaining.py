@@ -1,0 +1,87 @@
+"""`explain` says where each setting comes from, and what is idle or contradicts itself."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_modules.explaining import canonical, names_of
+from tests.faults import SCRIPT
+from tests.finetuning import run as recipe
+from tests.test_recipes import ROOT
+
+
+def explained(capsys, *words: str, script: Path = SCRIPT) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """By name the value and its origin; and the remarks."""
+    recipe("explain", *words, script=script)
+    lines = capsys.readouterr().out.splitlines()
+    found = [re.split(r"\s{2,}", line) for line in lines if line and not line.startswith(("note: ", "nothing"))]
+    settings = {name: (" ".join(value), origin) for name, *value, origin in found}
+    return settings, [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
+
+
+def test_each_value_has_the_place_where_it_was_said_last(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = yaml.safe_load((ROOT / "recipes" / "pretrain.yaml").read_text())
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(first))
+    (tmp_path / "second.yaml").write_text("data: {batch_size: 6}\nguard: {spike_factor: 9.0}\n")
+    words = ["--config", "first.yaml", "--config=second.yaml", "--model.optimizer.lr=0.5", "--trainer.max_steps", "50"]
+    found, _ = explained(capsys, *words, "--global_batch_size", "24", "--model.schedule", "Cosine")
+    assert found["model.optimizer.lr"] == ("0.5", "flag") and found["trainer.max_steps"] == ("50", "flag")
+    assert found["model.schedule"] == ("Cosine", "flag") and found["model.schedule.warmup_fraction"][1] == "default"
+    assert found["data.batch_size"] == ("6", "second.yaml") and found["guard.spike_factor"] == ("9.0", "second.yaml")
+    assert found["model.optimizer.adamw_lr"][1] == "first.yaml" and found["data.seed"] == ("0", "default")
+    assert found["trainer.accumulate_grad_batches"] == ("4", "computed: --global_batch_size")
+    assert found["data.objective"] == ("causal", "linked: --model")
+    assert found["model.architecture.vocab_size"][1] == "computed: the tokenizer"
+    assert found["trainer.precision"][1].startswith("computed: ")
+    assert not list(tmp_path.glob("runs"))  # nothing is begun
+
+
+def test_a_precision_that_was_asked_for_is_not_computed(capsys):
+    found, _ = explained(capsys, "--trainer.precision=32-true")
+    assert found["trainer.precision"] == ("32-true", "flag")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model.schedule.warmup_steps=900"], "no shorter than the run of 750"),
+        (["--model.schedule=Step"], "it never falls"),
+        (["--model.schedule.warmup_fraction=0.5", "--model.schedule.decay_fraction=0.8"], "together are 130%"),
+        (["--trainer.callbacks.monitor=val/beauty"], "val/beauty, which is never logged"),
+        (["--trainer.max_steps=100"], "there is none before the end"),
+        (["--data.mask_fraction=0.3"], "the objective is causal"),
+        (["--data.val_path=x.txt", "--data.val_fraction=0.2"], "--data.val_fraction changes nothing"),
+        (["--data.tokenizer=bytes"], "--data.vocab_size changes nothing"),
+        (
+            ["--trainer.gradient_clip_algorithm=norm", "--trainer.gradient_clip_val=null"],
+            "without --trainer.gradient_clip_val",
+        ),
+        (["--samples.max_new_tokens=0", "--samples.temperature=1"], "--samples.max_new_tokens is 0"),
+        (["--energy.measure=false", "--energy.country=DEU"], "--energy.country changes nothing"),
+        (["--model.optimizer.lr=0"], "nothing is learnt"),
+    ],
+)
+def test_what_is_idle_or_contradicts_itself_is_told(words, said, capsys):
+    _, remarks = explained(capsys, *words)
+    assert any(said in remark for remark in remarks), remarks
+
+
+def test_the_default_run_has_nothing_idle_but_its_two_ends(capsys):
+    _, remarks = explained(capsys)
+    assert len(remarks) <= 2 and all("what comes first" in remark or "never stops it" in remark for remark in remarks)
+
+
+def test_other_recipes_are_explained_too(encoder, reviews, capsys):
+    words = [f"--model.from={encoder}", f"--data.path={reviews / 'train.csv'}"]
+    found, _ = explained(capsys, *words, script=ROOT / "recipes" / "finetune.py")
+    assert found["model"] == ("Classification", "flag") or found["model"][0] == "Classification"
+    assert found["model.from"] == (str(encoder)[:60], "flag")
+
+
+def test_names_are_as_flags_say_them():
+    assert canonical("model.init_args.optimizer.init_args.lr") == "model.optimizer.lr"
+    assert canonical("model.class_path") == "model" and canonical("model.init_args.from_") == "model.from"
+    assert set(names_of({"a": {"class_path": "X", "init_args": {"b": 1, "c": [2]}}})) == {"a", "a.b", "a.c"}
