@@ -25,12 +25,16 @@ class TaskScores:
         metrics: All of them.
         scores_D: Of each example, as predictions.jsonl has it: 1 or 0 of labels, F1 of answers, of texts the task's
             own measure of a sentence.
+        predictions: Of each example.
+        confidence_D: Of labels of which one is right, the probability of the one that is said.
     """
 
     by: str
     more_is_better: bool
     metrics: dict[str, float]
     scores_D: np.ndarray
+    predictions: list[object]
+    confidence_D: np.ndarray | None
 
     @property
     def metric(self) -> float:
@@ -61,5 +65,17 @@ def task_scores(config: Path, model: str) -> TaskScores:
             raise ValueError(f"the validation of {model} by {config} failed: {' '.join(last)}")
         found = json.loads((Path(folder) / METRICS).read_text())
         lines = (Path(folder) / "predictions.jsonl").read_text().splitlines()
-    scores = [score for _, score in sorted((line["row"], line["score"]) for line in map(json.loads, lines))]
-    return TaskScores(found["by"], found["more_is_better"], found["metrics"], np.array(scores, float))
+    rows = sorted(map(json.loads, lines), key=lambda row: row["row"])
+    scores_D, predictions = np.array([row["score"] for row in rows], float), [row["prediction"] for row in rows]
+    return TaskScores(found["by"], found["more_is_better"], found["metrics"], scores_D, predictions, confidence(rows))
+
+
+def confidence(rows: list[dict]) -> np.ndarray | None:
+    """None where the scores are not whether one of the labels is right."""
+    if not all(
+        isinstance(row["prediction"], str) and row["prediction"] in row.get("probabilities", {}) for row in rows
+    ):
+        return None
+    if not {row["score"] for row in rows} <= {0.0, 1.0}:
+        return None
+    return np.array([row["probabilities"][row["prediction"]] for row in rows])

@@ -16,8 +16,10 @@ from datamodules.questions import Question, read_questions
 from datamodules.tokenization import byte_tokenizer, load_tokenizer
 from lightning_modules.bootstrap import of_mean, of_ratio
 from lightning_modules.evaluation import bias, choices, generations
+from lightning_modules.evaluation.calibration import calibration_error
 from lightning_modules.evaluation.continuations import Continuations, Pair
 from lightning_modules.evaluation.measures import Measures
+from lightning_modules.evaluation.token_predictions import predictions
 from lightning_modules.likelihood import Scorer
 from recipes import score
 
@@ -293,6 +295,40 @@ def test_scores_of_associations_are_means_over_those_they_are_about():
     assert found["stereotype_score"] == pytest.approx((100 + 0) / 2)
     assert found["lm_score"] == pytest.approx((100 * (1 + 1 + 0.5) / 3 + 100) / 2)
     assert found["icat"] == pytest.approx(found["lm_score"])
+
+
+# Calibration and agreement
+
+
+def test_the_calibration_error_is_that_of_the_bins():
+    confidence, right = np.array([0.95, 0.95, 0.95, 0.95, 0.5, 0.5]), np.array([1, 1, 1, 0, 1, 1.0])
+    assert calibration_error(confidence, right) == pytest.approx((4 * 0.2 + 2 * 0.5) / 6)
+    assert calibration_error(np.ones(4), np.ones(4)) == 0
+
+
+def test_token_predictions_are_those_of_the_whole_logits():
+    model, tokenizer = causal()
+    other = causal()[0]
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    texts = ["a sentence alone", "and one more", "to be or not"]
+    scorer = Scorer(model, tokenizer, False, 64, None, None, texts[0])
+    rows = [(number, row) for number, text in enumerate(texts) for row in scorer.rows([text])]
+    found = predictions(other, [rows[:2], rows[2:]], 3, mask_padding=False, reference=model)
+    confidence, right, same, kl = [], [], [], []
+    for _, row in rows:
+        with torch.no_grad():
+            log_q, log_p = (m(torch.tensor([row.input_ids])).logits[0].log_softmax(-1) for m in (other, model))
+        confidence += log_q.max(-1).values.exp().tolist()
+        right += (log_q.argmax(-1) == torch.tensor(list(row.targets))).double().tolist()
+        same += (log_q.argmax(-1) == log_p.argmax(-1)).double().tolist()
+        kl += (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
+    expected = {"accuracy": np.mean(right), "same_top": np.mean(same), "kl": np.mean(kl)}
+    expected["calibration_error"] = calibration_error(np.array(confidence), np.array(right))
+    assert found.figures() == pytest.approx(expected, rel=1e-4)
+    itself = predictions(model, [rows], 3, mask_padding=False, reference=model).figures()
+    assert itself["kl"] == pytest.approx(0, abs=1e-7) and itself["same_top"] == 1
 
 
 # What a model writes

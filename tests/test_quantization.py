@@ -415,6 +415,7 @@ def test_a_model_of_a_task_is_judged_by_its_metric(reviews, encoder, tmp_path, c
     change = small["accuracy"] - whole["accuracy"]
     assert small["score_change_low"] <= change + 1e-6 and change - 1e-6 <= small["score_change_high"]
     assert abs(change) < 0.03 and "score_change_low" not in whole
+    assert 0 < small["same_prediction"] <= 1 and 0 <= whole["calibration_error"] < 1
     assert (tmp_path / "report" / "report.png").stat().st_size > 10_000
     with pytest.raises(SystemExit):
         finetune("fit", *data, *length, "--model.from", str(tmp_path / "small"))

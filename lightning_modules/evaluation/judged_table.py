@@ -11,6 +11,7 @@ FURTHER = {
     "token right": "token_accuracy",
     "calibration error": "calibration_error",
     "same token": "same_top",
+    "same prediction": "same_prediction",
     "KL": "kl",
     "prefers stereotype": "prefers_stereotype",
 }

@@ -19,6 +19,7 @@ from lightning_modules.architectures import parameter_count
 from lightning_modules.bootstrap import Interval
 from lightning_modules.compression.opened import Opened, bytes_of_weights, done_so_far
 from lightning_modules.evaluation.bias import Contrast, contrasts
+from lightning_modules.evaluation.calibration import calibration_error
 from lightning_modules.evaluation.continuations import Continuations
 from lightning_modules.evaluation.token_predictions import predictions
 from lightning_modules.likelihood import BATCH_TOKENS, Row, Scorer, batches_by_length, token_nats
@@ -196,6 +197,7 @@ def judge(
     for name, task in tasks.items():
         found[name].figures |= task.metrics
         found[name].metric = task.by
+    add_labels(found, tasks)
     scores = {name: task.scores_D for name, task in tasks.items()}
     compare(found, scores, "score_change", lambda mine_D, its_D: bootstrap.of_mean(mine_D - its_D))
     if wanted.predictions:
@@ -246,6 +248,17 @@ def add_predictions(found: dict[str, Judged], models: dict[str, Opened], documen
         ).figures()
         found[name].figures["token_accuracy"] = facts.pop("accuracy")
         found[name].figures |= facts
+
+
+def add_labels(found: dict[str, Judged], tasks: dict[str, TaskScores]) -> None:
+    """How sure of its labels a model is, and how often it says what the first says."""
+    first = tasks.get(next(iter(found)))
+    for name, task in tasks.items():
+        if task.confidence_D is not None:
+            found[name].figures["calibration_error"] = calibration_error(task.confidence_D, task.scores_D)
+        if first is not None and task is not first:
+            alike = [mine == its for mine, its in zip(task.predictions, first.predictions, strict=True)]
+            found[name].figures["same_prediction"] = sum(alike) / len(alike)
 
 
 def have_same_words(one: Opened, other: Opened) -> bool:

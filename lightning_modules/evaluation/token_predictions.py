@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_modules.evaluation.calibration import BINS, bins_of
 from lightning_modules.evaluation.measures import Means, Measures
 from lightning_modules.likelihood import SOFTMAX_LOGITS, Row, target_logits
-
-BINS = 15
 
 
 @torch.inference_mode()
@@ -49,8 +48,7 @@ def predictions(
             found = _facts(logits_nV, targets_N[n], None if of_reference_NV is None else of_reference_NV[n])
             for name in names:
                 np.add.at(each[name], owners_N[n], found[name])
-            bins_n = np.minimum((found["confidence"] * BINS).astype(int), BINS - 1)
-            np.add.at(gap_KD, (bins_n, owners_N[n]), found["right"] - found["confidence"])
+            np.add.at(gap_KD, (bins_of(found["confidence"]), owners_N[n]), found["right"] - found["confidence"])
             begin += len(logits_nV)
     figures = {"accuracy": partial(_a_token, "right"), "calibration_error": calibration_error}
     if reference is not None:
@@ -74,6 +72,5 @@ def _a_token(name: str, means: Means) -> np.ndarray:
 
 
 def calibration_error(means: Means) -> np.ndarray:
-    """Over bins of equal width, the mean distance of how often the likeliest token is right from how probable it was:
-    section 2 of https://arxiv.org/abs/1706.04599."""
+    """As `calibration.calibration_error`, from sums of bins."""
     return sum(np.abs(means[f"gap_{k}"]) for k in range(BINS)) / means["tokens"]
