@@ -38,6 +38,7 @@ from lightning_modules.callbacks.model_artifact import ModelArtifact
 from lightning_modules.callbacks.plan import Plan
 from lightning_modules.callbacks.predictions import HeldOutPredictions, Predictions
 from lightning_modules.callbacks.progress import Progress
+from lightning_modules.callbacks.push import Push
 from lightning_modules.callbacks.recovery import Recovery
 from lightning_modules.callbacks.report import Report
 from lightning_modules.callbacks.samples import Samples
@@ -198,6 +199,7 @@ class RecipeCLI(LightningCLI):
         if issubclass(self.default_model, Taught):
             parser.add_lightning_class_args(Comparison, "comparison")
         parser.add_lightning_class_args(Energy, "energy")
+        parser.add_lightning_class_args(Push, "push")
         parser.add_lightning_class_args(Recovery, "recovery")
         parser.add_lightning_class_args(Guard, "guard")
         parser.add_lightning_class_args(Watchdog, "watchdog")
@@ -303,7 +305,7 @@ class RecipeCLI(LightningCLI):
             settings["callbacks"].append(Agreement(flags_of(self.config[self.subcommand])))
         trainer = super().instantiate_trainer(**settings)
         # Comparison and FakeQuantization add to what Report has written; Recovery may leave: all others first.
-        last = (FakeQuantization, ModelArtifact, Comparison, Recovery)
+        last = (FakeQuantization, ModelArtifact, Push, Comparison, Recovery)
         trainer.callbacks.sort(key=lambda callback: last.index(type(callback)) if type(callback) in last else -1)
         return trainer
 
@@ -436,6 +438,7 @@ def main(
         from lightning_modules.verify import verify
 
         quiet = ["--samples.max_new_tokens=0"] if issubclass(default_model, LanguageModule) else []
+        quiet.append("--push.to=null")
         quiet += ["--comparison.control=false"] if issubclass(default_model, Taught) else []
         verify(script, words[1:], quiet)
     if words[:1] == ["replay"] and issubclass(default_model, LanguageModule):

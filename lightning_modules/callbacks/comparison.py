@@ -95,6 +95,7 @@ def train_control(trainer: Trainer, module: Taught, folder: Path) -> bool:
         "trainer.max_time": "null",
         "trainer.default_root_dir": folder,
         "samples.max_new_tokens": 0,
+        "push.to": "null",
         "ckpt_path": "last",
     }
     folder.mkdir(exist_ok=True)
