@@ -1,10 +1,17 @@
-"""Writes docs/reference.md: every flag of every recipe, as its --help says it. `make reference` runs it."""
+"""Writes docs/reference.md, every flag of every recipe as its --help says it, and recipes/completion.txt for the shell.
+
+`make reference` runs it.
+"""
 
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import yaml
+
+from lightning_modules import explaining
 
 ROOT = Path(__file__).parents[1]
 VERBS = {
@@ -15,6 +22,8 @@ VERBS = {
 }
 """Of recipes that have several; the others of Lightning's take the flags of fit."""
 OPTION = re.compile(r"^  (-[^\s].*?)(?:\s{2,}(.*))?$")
+LIGHTNING = ("pretrain", "finetune", "distill")
+"""Recipes whose --print_config shows the default run."""
 LIGHTNINGS = ("--trainer", "--data CONFIG", "--config")
 """Flags that are described elsewhere."""
 
@@ -57,19 +66,36 @@ def escaped(words: str) -> str:
     return words.replace("<", "&lt;").replace("*", r"\*")
 
 
+def names(recipe: str, verb: str | None) -> list[str]:
+    """All flags, those of Lightning and of the classes of the default run included."""
+    words = [recipe, *([verb] if verb else [])]
+    found = set(re.findall(r"^  (--[\w.]+)", help_of(*words), re.MULTILINE))
+    if recipe in LIGHTNING and verb == "fit":
+        command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), verb, "--print_config"]
+        config = yaml.safe_load(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        found |= {f"--{name}" for name in explaining.names_of(config)}
+        found |= {f"--{name.rpartition('.')[0]}" for name in explaining.names_of(config) if "." in name}
+    return sorted(found)
+
+
 def main() -> None:
-    lines = [
-        "# Flags of the recipes",
-        "",
-        "Written by `make reference` from each recipe's `--help`; do not edit. Options of Lightning's Trainer, "
-        "`--trainer.*`, are left out: https://lightning.ai/docs/pytorch/stable/common/trainer.html. A class that is "
-        "chosen by name has flags of its own, such as `python recipes/pretrain.py fit --model.help=CausalLM` shows.",
-        "",
-    ]
+    lines, completion = (
+        [
+            "# Flags of the recipes",
+            "",
+            "Written by `make reference` from each recipe's `--help`; do not edit. Options of Lightning's Trainer "
+            "are left out: https://lightning.ai/docs/pytorch/stable/common/trainer.html. A class that is "
+            "chosen by name has flags of its own: `python recipes/pretrain.py fit --model.help=CausalLM`.",
+            "",
+        ],
+        [],
+    )
     for file in sorted((ROOT / "recipes").glob("*.py")):
         for verb in VERBS.get(file.stem, (None,)):
             lines += section(file.stem, verb)
+            completion.append(f"{file.stem} {verb or '-'} {' '.join(names(file.stem, verb))}")
     (ROOT / "docs" / "reference.md").write_text("\n".join(lines).rstrip() + "\n")
+    (ROOT / "recipes" / "completion.txt").write_text("\n".join(completion) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,11 @@ from tests.distilling import run as distill
 from tests.finetuning import run as finetune
 from tests.test_recipes import ROOT, SMALL, TOY, fit
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.py")), *sorted((ROOT / "recipes").glob("*.yaml"))]
+DOCUMENTS = [
+    *(ROOT / "README.md", ROOT / "docs" / "how_to.md", ROOT / "docs" / "evaluation.md"),
+    *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
+    *(file for kind in ("*.py", "*.yaml") for file in sorted((ROOT / "recipes").glob(kind))),
+]
 COMMAND = re.compile(r"python recipes/\w+\.py[^`\n]*")
 
 
@@ -117,6 +121,9 @@ def test_a_command_runs_as_it_is_written(command, place, monkeypatch, capsys):
     elif script == "recipes/compress.py":
         arguments = small_compression(arguments, place)
         monkeypatch.setattr(os, "execv", lambda file, words: sys.exit(subprocess.run(words).returncode))
+    elif script == "recipes/dashboard.py":  # what it would send, for want of an account
+        pytest.importorskip("wandb_workspaces")
+        arguments += [] if "--output" in arguments else ["--output", "view.json"]
     elif script == "recipes/compare.py":
         arguments = small_comparison(arguments, place)
     else:  # whatever model the command names
@@ -139,10 +146,15 @@ def write_questions(folder: Path) -> None:
     (folder / "crows_pairs_anonymized.csv").write_text("sent_more,sent_less,bias_type\nhe is,she is,gender\n")
 
 
-def small_comparison(arguments: list[str], place: Path) -> list[str]:
-    """Of the model at hand and a copy of it."""
+def copy_of_run(place: Path) -> Path:
     if not (place / "copy").exists():
         shutil.copytree(place / "run" / "model", place / "copy")
+    return place / "copy"
+
+
+def small_comparison(arguments: list[str], place: Path) -> list[str]:
+    """Of the model at hand and a copy of it."""
+    copy_of_run(place)
     flags = arguments[next((i for i, word in enumerate(arguments) if word.startswith("--")), len(arguments)) :]
     flags = [re.sub("^held_out/$", "texts", flag) for flag in flags]
     read = [] if "--data.path" in flags else ["--data.path", "texts"]
@@ -157,7 +169,8 @@ def small_compression(arguments: list[str], place: Path) -> list[str]:
         compress.main(["prune", "--model", "run", "--layers", "1", "--output", str(pruned), *read])
     arguments = [re.sub("^my_texts/$", "texts", re.sub("^runs/mine", "run", argument)) for argument in arguments]
     arguments = [re.sub(r"^0\.67$", "0.85", argument) for argument in arguments]  # the model is too small for less
-    arguments = [re.sub("^run/model-pruned$", "pruned", re.sub("^run/model-int4$", "run", a)) for a in arguments]
+    other = "run" if verb != "report" else str(copy_of_run(place))
+    arguments = [re.sub("^run/model-pruned$", "pruned", re.sub("^run/model-int4$", other, a)) for a in arguments]
     given = {a.removeprefix("--") for a in arguments if a.startswith("--")}
     few = {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "data.seq_len": 32, "data.batch_size": 4}
     toy = {"data.path": "texts", "data.val_fraction": 0.3}
