@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-gpu torture mutants lint bench bench-gpu reference docs lock golden clean
+.PHONY: help setup pretrain test test-gpu torture mutants lint bench bench-gpu atlas reference docs lock golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ bench: setup ## speed beside the peers, on a quiet machine; writes docs/benchmar
 
 bench-gpu: setup ## the same at 124M and 1B on a CUDA device
 	$(BIN)/python benchmarks/run.py --gpu
+
+atlas: setup ## optimizers, schedules and regularization beside each other (40 minutes); into docs/benchmarks.md
+	$(BIN)/python benchmarks/run.py --only atlas --keep runs/atlas --page docs/benchmarks.md
 
 reference: setup ## docs/reference.md from each recipe's --help
 	$(BIN)/python docs/write_reference.py

@@ -7,6 +7,7 @@ Run:
     python benchmarks/run.py --only tasks --page docs/benchmarks.md           fine-tuning on real data, an hour
     python benchmarks/run.py --only teaching --page docs/benchmarks.md        distillation, three seeds, two hours
     python benchmarks/run.py --only compressing --keep runs/compressing --page docs/benchmarks.md     1.5 hours
+    python benchmarks/run.py --only atlas --keep runs/atlas --page docs/benchmarks.md                 40 minutes
     python benchmarks/run.py --gpu                                on a CUDA device; writes docs/benchmarks_gpu.md
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 # Idle OpenMP threads sleep; read when torch is loaded, so it stands before all imports that load it.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import atlas
 import compressing
 import cpu_kernels
 import data_tables
@@ -54,7 +56,7 @@ PARTS = (
     "planned",
     "startup",
 )
-LONG = ("tasks", "teaching", "compressing", "peer_distillation")
+LONG = ("tasks", "teaching", "compressing", "peer_distillation", "atlas")
 """Parts that run only when they are named."""
 
 
@@ -128,6 +130,8 @@ def measured(options: argparse.Namespace) -> Iterator[list[Table]]:
         yield from ([table] for table in found)
     if "compressing" in wanted:
         yield from ([table] for table in compressing.tables(options.keep, options.data_folder))
+    if "atlas" in wanted:
+        yield from ([table] for table in atlas.tables(options.keep))
     if "peer_distillation" in wanted:
         yield peer_distillation.tables(options.trl_python, cores, options.rounds, options.turn_seconds)
     if "planned" in wanted:
