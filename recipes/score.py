@@ -206,12 +206,16 @@ def score(
         print_measures(judged, loaded.folder, task, as_json=json)
         return
     if loaded.kind == "encoder-decoder":
-        raise ValueError(f"{loaded.folder} is an encoder-decoder: it gives no probability to a text without a source")
-    from lightning_modules.likelihood import Scorer
+        from lightning_modules.span_likelihood import SpanScorer
 
-    scorer = Scorer(
-        loaded.model, loaded.tokenizer, loaded.kind == "masked", loaded.max_positions, seq_len, stride, sample=first
-    )
+        if stride is not None:
+            raise ValueError("--stride is for causal and masked models; leave it out for an encoder-decoder")
+        scorer = SpanScorer(loaded.model, loaded.tokenizer, seq_len)
+    else:
+        from lightning_modules.likelihood import Scorer
+
+        masked = loaded.kind == "masked"
+        scorer = Scorer(loaded.model, loaded.tokenizer, masked, loaded.max_positions, seq_len, stride, sample=first)
     scorer.score(chain([first], documents), batch_size)
     if not scorer.total.tokens:
         raise ValueError(f"{data.path} holds no token that can be scored; pass a longer text")
@@ -256,6 +260,13 @@ def print_measures(judged: "dict[str, Measures]", model: str, task: Task, as_jso
         print("\n".join(measures.lines()))
 
 
+KINDS = {
+    "causal": "causal",
+    "masked": "pseudo-likelihood, each token masked once",
+    "encoder-decoder": "pseudo-likelihood, each span of three tokens left out once",
+}
+
+
 def report(scorer: "Scorer", loaded: "LoadedModel", as_json: bool) -> None:
     total = scorer.total
     figures = {
@@ -279,8 +290,7 @@ def report(scorer: "Scorer", loaded: "LoadedModel", as_json: bool) -> None:
     for name, figure in figures.items():
         value = f"{figure:.4f}" if isinstance(figure, float) else f"{figure:,}"
         print(f"{name.replace('_', ' '):<16}{value:>14}")
-    kind = "pseudo-likelihood, each token masked once" if loaded.kind == "masked" else "causal"
-    print(f"{kind}; windows of {scorer.seq_len} tokens, one every {scorer.stride}")
+    print(f"{KINDS[loaded.kind]}; windows of {scorer.seq_len} tokens, one every {scorer.stride}")
     if scorer.not_counted:
         print(f"not counted: {scorer.not_counted:,} first tokens; the tokenizer has no bos or eos to predict them from")
 

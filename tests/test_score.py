@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
@@ -26,6 +27,7 @@ from transformers import (
 
 from lightning_modules.likelihood import Likelihood, Scorer, batches_by_length, causal_rows, masked_rows, token_nats
 from lightning_modules.lstm import LSTMConfig, LSTMForCausalLM
+from lightning_modules.span_likelihood import SpanScorer, filled_rows
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -277,6 +279,48 @@ def test_the_window_is_what_the_positions_allow(capsys, tmp_path: Path):
     assert "no room" in error(capsys, "--model", tmp_path / "roberta", *text, "--seq_len", 2)
 
 
+# Encoder-decoders
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 20, 21, 22, 64])
+def test_each_token_of_a_span_model_is_written_once_from_the_others(length):
+    ids, sentinels = list(range(100, 100 + length)), [1000 + i for i in range(9)]
+    rows = list(filled_rows(ids, sentinels, 1))
+    written = [token for row in rows for token, counts in zip(row.labels, row.counted, strict=True) if counts]
+    assert sorted(written) == ids and len(rows) <= 7
+    for row in rows:
+        filled, spans = [], {}
+        for token in row.labels:
+            if token >= 1000:
+                spans[token] = last = []
+            else:
+                last.append(token)
+        for token in row.inputs[:-1]:
+            filled += spans.get(token, [token])
+        assert filled == ids and row.inputs[-1] == 1
+
+
+def test_spans_are_scored_as_transformers_does_in_any_batch(denoiser, capsys, tmp_path):
+    network = AutoModelForSeq2SeqLM.from_pretrained(denoiser).eval()
+    tokenizer = AutoTokenizer.from_pretrained(denoiser)
+    texts = ["the film was fine and its end lovely", "no", "é and more of it"]
+    total = SpanScorer(network, tokenizer, 30).score(texts)
+    nats, tokens = 0.0, 0
+    for row in SpanScorer(network, tokenizer, 30).rows(texts):
+        labels = torch.tensor([[t if c else -100 for t, c in zip(row.labels, row.counted, strict=True)]])
+        start = torch.tensor([[network.config.decoder_start_token_id, *row.labels[:-1]]])
+        with torch.no_grad():
+            logits = network(input_ids=torch.tensor([row.inputs]), decoder_input_ids=start).logits
+        nats += float(F.cross_entropy(logits[0], labels[0], ignore_index=-100, reduction="sum"))
+        tokens += int((labels >= 0).sum())
+    assert total.nats == pytest.approx(nats, rel=1e-5) and total.tokens == tokens
+    assert total.bytes == sum(len(text.encode()) for text in texts)
+    assert SpanScorer(network, tokenizer, 30).score(texts, 1).nats == pytest.approx(nats, rel=1e-5)
+    (tmp_path / "a.txt").write_text(texts[0])
+    score.main(["--model", str(denoiser), "--data.path", str(tmp_path / "a.txt")])
+    assert "each span of three tokens left out once" in capsys.readouterr().out
+
+
 def test_a_model_that_gives_no_probability_is_refused(capsys, tmp_path: Path):
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
     t5 = save(tmp_path / "t5", T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **sizes)), **CAUSAL)
@@ -284,7 +328,7 @@ def test_a_model_that_gives_no_probability_is_refused(capsys, tmp_path: Path):
     small = save(tmp_path / "small", LSTMForCausalLM(LSTMConfig(vocab_size=80, hidden_size=16)), **CAUSAL)
     (tmp_path / "a.txt").write_text("é")
     text = ["--data.path", tmp_path / "a.txt"]
-    assert "is an encoder-decoder" in error(capsys, "--model", t5, *text)
+    assert "knows no spans to fill" in error(capsys, "--model", t5, *text)
     assert "has no mask token" in error(capsys, "--model", no_mask, *text)
     assert "gives id 127, the model knows 80 ids" in error(capsys, "--model", small, *text)
 
