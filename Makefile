@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-gpu torture mutants lint bench bench-gpu atlas reference docs lock golden clean
+.PHONY: help setup pretrain test test-gpu torture mutants lint bench bench-gpu atlas tournament ladder reference docs lock golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -47,6 +47,12 @@ bench-gpu: setup ## the same at 124M and 1B on a CUDA device
 
 atlas: setup ## optimizers, schedules and regularization beside each other (40 minutes); into docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py --only atlas --keep runs/atlas --page docs/benchmarks.md
+
+tournament: setup ## LSTM, GPT-2, a modern decoder, BERT and T5 beside each other (75 minutes); into docs/benchmarks.md
+	$(BIN)/python benchmarks/run.py --only tournament --keep runs/tournament --page docs/benchmarks.md
+
+ladder: setup ## four sizes, the law that they follow, and the next one foretold (90 minutes); into docs/benchmarks.md
+	$(BIN)/python benchmarks/run.py --only ladder --keep runs/ladder --page docs/benchmarks.md
 
 reference: setup ## docs/reference.md from each recipe's --help
 	$(BIN)/python docs/write_reference.py

@@ -30,6 +30,7 @@ import distillation_loss
 import finetuning
 import fused_loss
 import gpu
+import ladder
 import layer
 import peer_distillation
 import planned
@@ -38,6 +39,7 @@ import tasks
 import teaching
 import time_to_loss
 import torch
+import tournament
 import training
 from page import ROOT, Table, write
 from sizes import GPT2, MIDDLE, SMALL
@@ -56,7 +58,7 @@ PARTS = (
     "planned",
     "startup",
 )
-LONG = ("tasks", "teaching", "compressing", "peer_distillation", "atlas")
+LONG = ("tasks", "teaching", "compressing", "peer_distillation", "atlas", "tournament", "ladder")
 """Parts that run only when they are named."""
 
 
@@ -132,6 +134,10 @@ def measured(options: argparse.Namespace) -> Iterator[list[Table]]:
         yield from ([table] for table in compressing.tables(options.keep, options.data_folder))
     if "atlas" in wanted:
         yield from ([table] for table in atlas.tables(options.keep))
+    if "tournament" in wanted:
+        yield from ([table] for table in tournament.tables(options.keep))
+    if "ladder" in wanted:
+        yield from ([table] for table in ladder.tables(options.keep))
     if "peer_distillation" in wanted:
         yield peer_distillation.tables(options.trl_python, cores, options.rounds, options.turn_seconds)
     if "planned" in wanted:

@@ -6,12 +6,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import atlas
 import data_tables
 import distillation_loss
 import finetune_recipe_row
@@ -19,19 +21,23 @@ import finetune_trainer_row
 import finetuning
 import fused_loss
 import gpu
+import ladder
 import nanogpt_cpu
 import precision
 import raw_row
 import recipe_row
 import run
+import side_by_side
 import teaching
 import tokens
+import tournament
 import trainer_row
 from memory import peak_bytes
 from page import Goal, Table, write
 from sizes import SMALL, Job
 from turns import NoMoreTurns, Row, interleave
 
+from tests.finetuning import run as recipe
 from tests.finetuning import squad
 
 ROOT = Path(__file__).parents[1]
@@ -237,3 +243,49 @@ def test_precisions_are_compared_with_and_without_the_fused_loss(tmp_path):
     found = [precision.of_row(toy, "float32", False, loss, "cpu", 3, tmp_path / loss) for loss in ("fused", "plain")]
     assert found[0]["val_loss"] == pytest.approx(found[1]["val_loss"], rel=1e-5)
     assert precision.of_row(toy, "fp8", False, "fused", "cpu", 3, tmp_path / "fp8") is None
+
+
+# Side by side
+
+
+def test_a_law_is_found_from_its_points_and_foretells_the_next():
+    compute = np.array([1e12, 5e12, 2e13, 1e14])
+    losses = 1.8 + 400 * compute**-0.2
+    floor, scale, power = ladder.fitted(compute, losses)
+    assert floor == pytest.approx(1.8, abs=0.05) and power == pytest.approx(0.2, abs=0.02)
+    assert floor + scale * 5e14**-power == pytest.approx(1.8 + 400 * 5e14**-0.2, abs=0.02)
+
+
+def test_the_spread_of_three_seeds_is_students():
+    assert side_by_side.spread([1.0, 2.0, 3.0], 3) == "2.000 ± 2.484" and side_by_side.spread([1.0]) == "1.0000"
+
+
+def test_runs_are_done_once_and_those_that_fail_are_left_out(corpus, tmp_path):
+    small = {"data.path": corpus, "data.tokenizer": "bytes", "data.seq_len": 32, "data.batch_size": 4}
+    small |= {"model.architecture.hidden_size": 16, "model.architecture.num_hidden_layers": 1}
+    small |= {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "samples.max_new_tokens": 0}
+    two = [side_by_side.run("good", small), side_by_side.run("bad", small | {"data.batch_size": 0})]
+    runs = side_by_side.Runs(tmp_path)
+    found = runs.done(two)
+    assert list(found) == ["good"] and found["good"]["steps"] == 2 and runs.failed == ["bad"]
+    before = (tmp_path / "good" / "summary.json").stat().st_mtime_ns
+    assert list(side_by_side.Runs(tmp_path).done(two)) == ["good"]
+    assert (tmp_path / "good" / "summary.json").stat().st_mtime_ns == before
+
+
+SHOWN = [
+    *(atlas.TASK | atlas.COSINE | flags for flags, _ in atlas.OPTIMIZERS.values()),
+    *(atlas.TASK | atlas.ADAMW | flags for flags in atlas.SCHEDULES.values()),
+    *(flags | tournament.COMMON | tournament.TIME for flags in tournament.CONTENDERS.values()),
+    ladder.flags_of(64, 0),
+]
+
+
+@pytest.mark.parametrize("flags", SHOWN, ids=range(len(SHOWN)))
+def test_flags_of_what_is_shown_side_by_side_are_flags(flags, capsys):
+    if "pytorch_optimizer" in str(flags.get("model.optimizer")):
+        pytest.importorskip("pytorch_optimizer")
+    with pytest.raises(SystemExit) as stop:
+        words = [f"--{name}={value}" for name, value in flags.items()]
+        recipe("fit", *words, "--print_config", script=ROOT / "recipes" / "pretrain.py")
+    assert not stop.value.code, capsys.readouterr().err
