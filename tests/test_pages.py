@@ -198,6 +198,9 @@ def test_models_stand_beside_each_other_with_intervals(runs, corpus, tmp_path, c
 def test_a_model_beside_itself_is_the_same(runs, corpus, tmp_path):
     copy = shutil.copytree(runs[0], tmp_path / "copy")
     compared([runs[0], copy], corpus, tmp_path / "out")
+    compared([runs[0], runs[0] / "model"], corpus, tmp_path / "once")
+    text = (tmp_path / "once" / "compare.html").read_text()
+    assert text.count("<polyline") == (tmp_path / "out" / "compare.html").read_text().count("<polyline") / 2
     first, second = json.loads((tmp_path / "out" / "compare.json").read_text()).values()
     assert second["kl"] == 0 and second["same_top"] == 1
     assert second["bits_per_byte"] == first["bits_per_byte"]

@@ -27,7 +27,7 @@ PATHS = ("trainer.default_root_dir", "ckpt_path")
 def comparison_page(found: Sequence[Judged], axes: Sequence[tuple[str, str]], about: str) -> str:
     """Axes are pairs of figures, a cost and a quality."""
     header, *rows = cells(list(found))
-    runs = [run for one in found if (run := run_of(one.name)) is not None]
+    runs = list({run.folder.resolve(): run for one in found if (run := run_of(one.name)) is not None}.values())
     pictures = "".join(scatter(found, cost, quality) for cost, quality in axes)
     return page(
         " · ".join(short_name(one.name) for one in found[:3]) + (" …" if len(found) > 3 else ""),
