@@ -260,17 +260,24 @@ def test_the_spread_of_three_seeds_is_students():
     assert side_by_side.spread([1.0, 2.0, 3.0], 3) == "2.000 ± 2.484" and side_by_side.spread([1.0]) == "1.0000"
 
 
-def test_runs_are_done_once_and_those_that_fail_are_left_out(corpus, tmp_path):
-    small = {"data.path": corpus, "data.tokenizer": "bytes", "data.seq_len": 32, "data.batch_size": 4}
-    small |= {"model.architecture.hidden_size": 16, "model.architecture.num_hidden_layers": 1}
-    small |= {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "samples.max_new_tokens": 0}
-    two = [side_by_side.run("good", small), side_by_side.run("bad", small | {"data.batch_size": 0})]
+def test_runs_are_done_once_and_those_that_fail_are_left_out(tmp_path, monkeypatch):
+    script = "import sys; file = sys.argv[1]; sys.exit(2) if 'bad' in file else open(file, 'a').write('{\"steps\": 2}')"
+
+    def command(self, folder: Path) -> list[str]:
+        folder.mkdir(exist_ok=True)
+        return [sys.executable, "-c", script, str(folder / "summary.json")]
+
+    monkeypatch.setattr(side_by_side.Run, "command", command)
+    two = [side_by_side.run("good", {}), side_by_side.run("bad", {})]
     runs = side_by_side.Runs(tmp_path)
-    found = runs.done(two)
-    assert list(found) == ["good"] and found["good"]["steps"] == 2 and runs.failed == ["bad"]
-    before = (tmp_path / "good" / "summary.json").stat().st_mtime_ns
-    assert list(side_by_side.Runs(tmp_path).done(two)) == ["good"]
-    assert (tmp_path / "good" / "summary.json").stat().st_mtime_ns == before
+    assert runs.done(two) == {"good": {"steps": 2}} and runs.failed == ["bad"]
+    assert side_by_side.Runs(tmp_path).done(two) == {"good": {"steps": 2}}  # twice would be no JSON
+
+
+def test_a_run_is_a_command_of_its_recipe(tmp_path):
+    words = side_by_side.run("one", {"trainer.max_steps": 2}, "distill").command(tmp_path)
+    assert words[1].endswith("recipes/distill.py") and words[2:4] == ["fit", "--trainer.max_steps=2"]
+    assert f"--trainer.default_root_dir={tmp_path}" in words and "--ckpt_path=last" in words
 
 
 SHOWN = [
