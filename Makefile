@@ -24,7 +24,7 @@ pretrain: setup ## train a language model on the Python standard library (2 minu
 	$(BIN)/python recipes/pretrain.py fit
 
 test: setup ## the tests: no GPU, no network; on two cores
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 30
 
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
