@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-gpu torture mutants lint bench bench-gpu atlas tournament ladder reference docs lock golden clean
+.PHONY: help setup pretrain test test-slow test-gpu torture mutants lint bench bench-gpu atlas tournament ladder reference docs lock golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -24,7 +24,10 @@ pretrain: setup ## train a language model on the Python standard library (2 minu
 	$(BIN)/python recipes/pretrain.py fit
 
 test: setup ## the tests: no GPU, no network; on two cores
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 30
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+
+test-slow: setup ## what the tests cover in parts, as a whole: verify of each recipe, the notebook, a graph
+	$(BIN)/python -m pytest -m slow
 
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/test_gpu.py

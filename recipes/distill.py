@@ -5,7 +5,7 @@ Run:
     python recipes/distill.py fit --model.teacher runs/mine --model.divergence reverse_kl --data.path my_texts/
     python recipes/distill.py fit --model.student '{teacher_layers: [0, 2]}' --model.temperature 2
     python recipes/distill.py cache --folder cache/mine --model.teacher runs/mine
-    python recipes/distill.py fit --data.teacher_cache cache/mine --model.teacher runs/mine
+    python recipes/distill.py fit --model.teacher runs/mine --data.teacher_cache cache/mine
     python recipes/distill.py verify
 """
 

@@ -167,7 +167,7 @@ for i in range(10**9):
     replace_folder(new, folder / "model")
 """
     rng, seen = random.Random(0), set()
-    for _ in range(8):
+    for _ in range(4):
         for leftover in tmp_path.glob("new*"):
             shutil.rmtree(leftover)
         process = subprocess.Popen([sys.executable, "-c", script])

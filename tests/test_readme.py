@@ -94,7 +94,12 @@ def test_there_are_commands():
     assert {"recipes/pretrain.py", "recipes/generate.py", "recipes/score.py"} <= verbs and len(commands()) >= 12
 
 
-@pytest.mark.parametrize("command", commands())
+def marked(command: str) -> object:
+    """Of verify there are tests of its own."""
+    return pytest.param(command, marks=pytest.mark.slow, id=command) if command.endswith(" verify") else command
+
+
+@pytest.mark.parametrize("command", map(marked, commands()))
 def test_a_command_runs_as_it_is_written(command, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     _, script, *arguments = shlex.split(command, comments=True)
@@ -116,7 +121,7 @@ def test_a_command_runs_as_it_is_written(command, place, monkeypatch, capsys):
         arguments = [re.sub("^runs/mine$", "run", argument) for argument in arguments]  # which is a decoder
         arguments += small_distillation(arguments)
     elif script == "recipes/finetune.py":
-        few = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.max_val_examples=16"]
+        few = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.max_val_examples=6"]
         arguments += few if arguments[0] == "fit" else []
     elif script == "recipes/compress.py":
         arguments = small_compression(arguments, place)

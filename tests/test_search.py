@@ -215,6 +215,7 @@ def test_the_graph_that_comes_along_is_one():
     assert [node.verb for node in nodes] == ["prune", "train", "train", "export", "report"]
 
 
+@pytest.mark.slow
 def test_a_graph_is_done_once_and_goes_on_where_it_failed(decoder, texts, tmp_path, capsys):
     settings = {f.partition("=")[0].removeprefix("--"): f.partition("=")[2] for f in toy_flags(tmp_path, texts)}
     training = {name: value for name, value in settings.items() if not name.startswith("data.path")}

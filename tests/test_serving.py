@@ -56,6 +56,7 @@ def test_a_folder_is_served_and_answers_as_it_does_here(server, decoder):
     assert answer["usage"]["prompt_tokens"] == ids["input_ids"].shape[1]
 
 
+@pytest.mark.slow
 def test_the_notebook_goes_from_text_to_a_served_model(corpus, tmp_path, monkeypatch, capsys):
     """Its cells as they are, on little text and in few steps."""
     pytest.importorskip("onnxruntime")
