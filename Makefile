@@ -26,7 +26,7 @@ pretrain: setup ## train a language model on the Python standard library (2 minu
 test: setup ## the tests: no GPU, no network; on two cores
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
-test-slow: setup ## what the tests cover in parts, as a whole: verify of each recipe, the notebook, a graph
+test-slow: setup ## what the tests cover in parts, as a whole: verify of each recipe, replay, the notebook, a graph
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: setup ## the tests that need a CUDA device

@@ -144,6 +144,7 @@ def test_verify_tells_a_mistake_of_the_flags_in_one_line(corpus, tmp_path):
     assert done.returncode == 2 and "did you mean --data.path?" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_step_replayed_has_the_loss_that_was_logged(corpus, tmp_path):
     assert command(arguments(tmp_path, corpus, {"trainer.accumulate_grad_batches": 2}), tmp_path / "log").wait() == 0
     for step, begins in ((60, "from recovery-0000000"), (5, "from the beginning")):
