@@ -74,6 +74,8 @@ def tuned(runs: Runs, name: str, flags: dict, tried: str, values: list[float]) -
     """The value of the least loss on one seed, and the summaries of all seeds with it."""
     trials = runs.done([run(f"{name}/{value:g}-0", flags | {tried: value}) for value in values])
     losses = {value: trials[f"{name}/{value:g}-0"]["val_loss"] for value in values if f"{name}/{value:g}-0" in trials}
+    if not losses:
+        raise RuntimeError(f"{name}: no run came to its end; see its logs in {runs.folder}")
     best = min(losses, key=losses.get)
     seeds = [run(f"{name}/{best:g}-{s}", flags | {tried: best, "seed_everything": s, "data.seed": s}) for s in SEEDS]
     return best, list(runs.done(seeds).values())
@@ -87,36 +89,31 @@ def cells(name: str, best: float, found: list[dict], values: list[float], refere
 
 
 def optimizers(runs: Runs) -> Table:
-    rows, reference = [], None
-    for name, (flags, rate) in reversed(OPTIMIZERS.items()):
-        values = [rate * factor for factor in FACTORS]
-        best, found = tuned(runs, f"optimizer-{slug(name)}", TASK | COSINE | flags, "model.optimizer.lr", values)
-        rows.append(cells(name, best, found, values, reference))
-        reference = reference or sum(s["val_loss"] for s in found) / len(found)
-    return Table(
-        "The atlas: optimizers",
-        "python benchmarks/run.py --only atlas",
-        ["", "rate", "nats a token, three seeds", "more than Muon's"],
-        rows,
-        f"{text_of_task()} Cosine with 5 % warm-up; each has five rates, a factor of two apart.",
-    )
+    contenders = {name: (COSINE | flags, rate) for name, (flags, rate) in reversed(OPTIMIZERS.items())}
+    return rates(runs, "optimizer", contenders, "Cosine with 5 % warm-up")
 
 
 def schedules(runs: Runs) -> Table:
+    adamw, rate = OPTIMIZERS["AdamW"]
+    warm = {"model.schedule.warmup_fraction": 0.05}
+    contenders = {name: (adamw | flags | warm, rate) for name, flags in reversed(SCHEDULES.items())}
+    return rates(runs, "schedule", contenders, "AdamW, 5 % warm-up")
+
+
+def rates(runs: Runs, kind: str, contenders: dict[str, tuple[dict, float]], common: str) -> Table:
+    """Each at its own best rate; the first is what the others are measured against."""
     rows, reference = [], None
-    values = [4e-3 * factor for factor in FACTORS]
-    adamw = OPTIMIZERS["AdamW"][0]
-    for name, flags in reversed(SCHEDULES.items()):
-        settings = TASK | adamw | flags | {"model.schedule.warmup_fraction": 0.05}
-        best, found = tuned(runs, f"schedule-{slug(name)}", settings, "model.optimizer.lr", values)
+    for name, (flags, rate) in contenders.items():
+        values = [rate * factor for factor in FACTORS]
+        best, found = tuned(runs, f"{kind}-{slug(name)}", TASK | flags, "model.optimizer.lr", values)
         rows.append(cells(name, best, found, values, reference))
         reference = reference or sum(s["val_loss"] for s in found) / len(found)
     return Table(
-        "The atlas: schedules",
+        f"The atlas: {kind}s",
         "python benchmarks/run.py --only atlas",
         ["", "rate", "nats a token, three seeds", "more than the first's"],
         rows,
-        f"{text_of_task()} AdamW; each has five rates, a factor of two apart, and 5 % warm-up.",
+        f"{text_of_task()} {common}; each has five rates, a factor of two apart.",
     )
 
 

@@ -15,7 +15,12 @@ def read_rows(paths: Sequence[str], task: str, skip_bad_rows: bool) -> dict[str,
     bad_rows = BadRows(skip_bad_rows)
     if task == "winobias":
         files = [file for path in paths for file in (sorted(Path(path).glob("*_stereotyped_*")) or [Path(path)])]
-        return {"WinoBias": list(bias_rows.read_winobias(files))}
+        pairs = list(bias_rows.read_winobias(files))
+        if not pairs:
+            raise ValueError(
+                f"no pro_stereotyped_* in {', '.join(paths)}; pass the folder with these and anti_stereotyped_*"
+            )
+        return {"WinoBias": pairs}
     found = {}
     for file in find_files(list(paths), "--data.path"):
         if text_format(file) not in ROW_FORMATS and str(file) not in paths:  # what else lies in a folder

@@ -6,7 +6,7 @@ and as their makers publish them ARC, COPA, HellaSwag, PIQA and MMLU. Blanks: {c
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -57,14 +57,16 @@ def read_questions(path: Path, kind: Kind, bad_rows: BadRows) -> Iterator[Questi
             bad_rows.add(str(path), f"{path}, row {number}: {WANTED[kind]}{reason}; it has {columns}")
 
 
-def _alike(query: str, choices: list[str], gold: int, group: str = "") -> Question:
-    return Question((query,) * len(choices), tuple(choices), gold, group)
+def _alike(query: str, choices: Sequence[object], gold: int, group: str = "") -> Question:
+    if isinstance(choices, str):
+        raise TypeError("its choices are one text, no list")
+    return Question((query,) * len(choices), tuple(map(str, choices)), gold, group)
 
 
 def _ready(row: Record) -> Question | None:
     if not {"query", "choices", "gold"} <= row.keys():
         return None
-    return _alike(str(row["query"]), list(row["choices"]), int(row["gold"]), str(row.get("category", "")))
+    return _alike(str(row["query"]), row["choices"], int(row["gold"]), str(row.get("category", "")))
 
 
 def _with_options(row: Record) -> Question | None:
@@ -79,7 +81,7 @@ def _mmlu(row: Record) -> Question | None:
     """With the letters of the choices, as https://arxiv.org/abs/2009.03300 asks without examples."""
     if not {"subject", "question", "choices", "answer"} <= row.keys():
         return None
-    subject, choices, answer = str(row["subject"]), list(row["choices"]), str(row["answer"])
+    subject, choices, answer = str(row["subject"]), row["choices"], str(row["answer"])
     lines = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, choices, strict=False))
     about = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
     gold = LETTERS.index(answer) if answer in tuple(LETTERS) else int(answer)
@@ -92,7 +94,7 @@ def _arc(row: Record) -> Question | None:
         return None
     choices = row["choices"]
     return _alike(
-        f"Question: {row['question']}\nAnswer:", list(choices["text"]), list(choices["label"]).index(row["answerKey"])
+        f"Question: {row['question']}\nAnswer:", choices["text"], list(choices["label"]).index(row["answerKey"])
     )
 
 

@@ -24,7 +24,7 @@ VERBS = {
 OPTION = re.compile(r"^  (-[^\s].*?)(?:\s{2,}(.*))?$")
 LIGHTNING = ("pretrain", "finetune", "distill")
 """Recipes whose --print_config shows the default run."""
-LIGHTNINGS = ("--trainer", "--data CONFIG", "--config")
+LIGHTNINGS = ("--trainer", "--ckpt_path", "--data CONFIG", "--config")
 """Flags that are described elsewhere."""
 
 

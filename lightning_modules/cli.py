@@ -332,7 +332,7 @@ def leave_page(folder: Path) -> None:
 
     try:
         write_run_page(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the model is there, whatever stands in the files around it
         print(f"warning: no report.html: {type(error).__name__}: {error}", file=sys.stderr)
 
 

@@ -25,7 +25,9 @@ TRAINING: Sections = {
     "Optimization": (
         Panel("Gradient norm", ("train/grad_norm",), True),
         Panel("Learning rate", ("train/lr",)),
-        Panel("Unusual steps", ("events/not_finite", "events/loss_spikes")),
+        Panel(
+            "Unusual steps: the loss of a spike, 1 where it is not finite", ("events/loss_spikes", "events/not_finite")
+        ),
     ),
     "Speed": (
         Panel("Tokens per second", ("perf/tokens_per_second",)),

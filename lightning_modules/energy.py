@@ -7,6 +7,7 @@ counter is estimated from the CPU's rating and load and the size of the memory, 
 import importlib.util
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,12 +63,19 @@ class Meter:
         self._starting.start()
 
     def _start(self) -> None:
-        from codecarbon import OfflineEmissionsTracker
+        try:
+            from codecarbon import OfflineEmissionsTracker
 
-        logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # it speaks before it reads its log_level
-        settings = {"save_to_file": False, "log_level": "critical", "allow_multiple_runs": True}
-        self._tracker = OfflineEmissionsTracker(country_iso_code=self.country, **settings)
-        self._tracker.start()
+            logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # it speaks before it reads its log_level
+            settings = {"save_to_file": False, "log_level": "critical", "allow_multiple_runs": True}
+            self._tracker = OfflineEmissionsTracker(country_iso_code=self.country, **settings)
+            self._tracker.start()
+        except Exception as error:  # whatever a machine's counters are; a run does not end by it
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        print(f"warning: no energy is measured: {type(error).__name__}: {error}", file=sys.stderr)
+        self._tracker = None
 
     def read(self) -> Energy:
         """So far; goes on."""
@@ -80,10 +88,12 @@ class Meter:
             self._starting.join()
             self._starting = None
         if self._tracker is not None:
-            self._tracker.stop()
-            found = getattr(self._tracker, "final_emissions_data", None)  # None where codecarbon failed, and said so
-            if found is not None:
+            try:
+                self._tracker.stop()
+                found = self._tracker.final_emissions_data
                 self.drawn += Energy(JOULES_PER_KWH * found.energy_consumed, 1000 * found.emissions, how())
+            except Exception as error:
+                self._give_up(error)
             self._tracker = None
         return self.drawn
 

@@ -186,6 +186,26 @@ def special_tokens_around(tokenizer: PreTrainedTokenizerBase, text: str) -> tupl
     return full[:begin], full[begin + len(plain) :]
 
 
+def special_ids(
+    tokenizer: PreTrainedTokenizerBase, masked: bool, sample: str
+) -> tuple[int | None, list[int], list[int]]:
+    """The token that opens a document, None where there is none; what stands before and after a masked model's text."""
+    starts = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id)
+    start_id = next((token for token in starts if token is not None), None)
+    if not masked:
+        return start_id, [], []
+    if tokenizer.mask_token_id is None:
+        raise ValueError("the tokenizer of this masked model has no mask token; pass its own by --tokenizer")
+    before, after = special_tokens_around(tokenizer, sample)
+    return start_id, before or ([] if start_id is None else [start_id]), after
+
+
+def require_known(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises ValueError for a tokenizer of another model."""
+    if max(ids, default=0) >= vocab_size:
+        raise ValueError(f"the tokenizer gives id {max(ids)}, the model knows {vocab_size} ids; pass its own")
+
+
 class Scorer:
     """Cuts documents into rows for one model, scores them and adds up: `total`, `documents`, `not_counted`.
 
@@ -211,15 +231,7 @@ class Scorer:
     ):
         self.model, self.tokenizer, self.masked = model, tokenizer, masked
         self.total, self.documents, self.not_counted = Likelihood(), 0, 0
-        starts = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id)
-        self.start_id = next((token for token in starts if token is not None), None)
-        self.before, self.after = [], []
-        if masked:
-            if tokenizer.mask_token_id is None:
-                raise ValueError("the tokenizer of this masked model has no mask token; pass its own by --tokenizer")
-            self.before, self.after = special_tokens_around(tokenizer, sample)
-            if not self.before and self.start_id is not None:
-                self.before = [self.start_id]
+        self.start_id, self.before, self.after = special_ids(tokenizer, masked, sample)
         if seq_len and max_positions and seq_len > max_positions:
             raise ValueError(f"--seq_len {seq_len}: the model has {max_positions} positions; pass at most so many")
         self.seq_len = seq_len or min(max_positions or LONGEST_WINDOW, LONGEST_WINDOW)
@@ -237,10 +249,7 @@ class Scorer:
             # What looks like a special token in a text is text.
             encoded = self.tokenizer(block, add_special_tokens=False, split_special_tokens=True, verbose=False)
             for text, ids in zip(block, encoded["input_ids"], strict=True):
-                if max(ids, default=0) >= vocab_size:
-                    raise ValueError(
-                        f"the tokenizer gives id {max(ids)}, the model knows {vocab_size} ids; pass its own"
-                    )
+                require_known(ids, vocab_size)
                 self.documents += 1
                 self.total.bytes += len(text.encode())
                 yield from self.rows_of_document(text, ids)

@@ -21,7 +21,7 @@ class TaskScores:
     """A validation of fine-tuning.
 
     Args:
-        by: The metric that the run was kept by, and whether more of it is better.
+        by: The metric that the run was kept by.
         metrics: All of them.
         scores_D: Of each example, as predictions.jsonl has it: 1 or 0 of labels, F1 of answers, of texts the task's
             own measure of a sentence.
@@ -30,7 +30,6 @@ class TaskScores:
     """
 
     by: str
-    more_is_better: bool
     metrics: dict[str, float]
     scores_D: np.ndarray
     predictions: list[object]
@@ -67,7 +66,7 @@ def task_scores(config: Path, model: str) -> TaskScores:
         lines = (Path(folder) / "predictions.jsonl").read_text().splitlines()
     rows = sorted(map(json.loads, lines), key=lambda row: row["row"])
     scores_D, predictions = np.array([row["score"] for row in rows], float), [row["prediction"] for row in rows]
-    return TaskScores(found["by"], found["more_is_better"], found["metrics"], scores_D, predictions, confidence(rows))
+    return TaskScores(found["by"], found["metrics"], scores_D, predictions, confidence(rows))
 
 
 def confidence(rows: list[dict]) -> np.ndarray | None:

@@ -87,7 +87,6 @@ class ShieldedWandb(WandbLogger):
     def __init__(self, **settings):
         super().__init__(**settings)
         self._defined: set[str] = set()
-        self.counted: dict[str, int] = {}
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Each name is drawn over `tokens`, told by its exact name: Lightning's own definition is a glob, and where
@@ -123,9 +122,8 @@ class ShieldedWandb(WandbLogger):
             self._give_up(error)
 
     def add_tags(self, tags: Sequence[str]) -> None:
-        if self.gave_up or rank_zero_only.rank > 0:
+        if isinstance(self.experiment, _DummyExperiment):  # asking for it begins the run, offline if it must
             return
-        self.experiment  # noqa: B018 - which begins the run, offline if it must
         try:
             run = WandbLogger.experiment.fget(self)
             run.tags = tuple(dict.fromkeys([*(run.tags or ()), *(tag[:64] for tag in tags if tag)]))
@@ -247,12 +245,11 @@ def tag(loggers: list[Logger], *tags: str) -> None:
             logger.add_tags(tags)
 
 
-def count_event(loggers: list[Logger], name: str, tokens: int) -> None:
-    """One more of what ought not to happen often, as events/NAME over `tokens`; metrics.csv has columns of its own."""
+def log_event(loggers: list[Logger], name: str, value: float, tokens: int) -> None:
+    """What ought not to happen often, as a point of events/NAME over `tokens`; unusual_steps.jsonl says more."""
     for logger in loggers:
         if isinstance(logger, ShieldedWandb):
-            logger.counted[name] = logger.counted.get(name, 0) + 1
-            logger.experiment.log({f"events/{name}": logger.counted[name], "tokens": tokens})
+            logger.log_metrics({f"events/{name}": value, "tokens": tokens})
 
 
 def keep_model(loggers: list[Logger], folder: Path, aliases: Sequence[str]) -> None:

@@ -99,6 +99,7 @@ class Writing:
 def read_documents(texts: Texts) -> Iterator[str]:
     """Each document's text, whole."""
     from datamodules.documents import BadRows
+    from datamodules.held_out import split_at
     from datamodules.sources import TextFile, find_files, hub_splits, is_hub_name
 
     paths = [texts.path] if isinstance(texts.path, str) else texts.path
@@ -111,17 +112,12 @@ def read_documents(texts: Texts) -> Iterator[str]:
         held: list[str] = []
         for piece in source.pieces(texts.text_column, bad_rows):
             if piece.begins_document and held:
-                yield from split_documents("".join(held), texts.separator)
+                yield from split_at("".join(held), texts.separator)
                 held = []
             held.append(piece.text)
-        yield from split_documents("".join(held), texts.separator)
+        yield from split_at("".join(held), texts.separator)
     for file, count in bad_rows.skipped.items():
         print(f"note: {count} rows of {file} could not be read and are left out", file=sys.stderr)
-
-
-def split_documents(text: str, separator: str | None) -> list[str]:
-    parts = [text] if separator is None else [part.strip() for part in text.split(separator)]
-    return [part for part in parts if part]
 
 
 def score(

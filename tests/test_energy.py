@@ -91,5 +91,18 @@ def test_a_meter_that_fails_is_no_zero(monkeypatch, capsys):
     assert callback.summary(10) == {} and "could not be measured" in callback.words(10)
 
 
+def test_a_meter_that_breaks_ends_no_run(monkeypatch, capsys):
+    import codecarbon
+
+    def broken(*_, **__):
+        raise RuntimeError("no counter")
+
+    monkeypatch.setattr(codecarbon, "OfflineEmissionsTracker", broken)
+    meter = energy.Meter()
+    meter.start()
+    assert meter.read().joules == meter.stop().joules == 0
+    assert "no energy is measured: RuntimeError: no counter" in capsys.readouterr().err
+
+
 def test_joules_are_told_in_units_that_leave_few_digits():
     assert [in_words(joules) for joules in (0.0123, 3.456, 2345, 7.8e6)] == ["0.012 J", "3.46 J", "2.35 kJ", "7.8 MJ"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.classification import binary_calibration_error
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, GPT2Config, LlamaConfig
 
 from datamodules import bias_rows
@@ -35,26 +36,24 @@ PAIRS = [
 
 
 def causal(uniform: bool = False) -> tuple:
-    tokenizer = byte_tokenizer("causal")
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.2, **SMALL)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model, tokenizer = made(AutoModelForCausalLM, LlamaConfig, "causal")
     if uniform:
         torch.nn.init.zeros_(model.lm_head.weight)
     return model, tokenizer
 
 
 def masked(uniform: bool = False) -> tuple:
-    tokenizer = byte_tokenizer("masked")
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.2, **SMALL)
-    model = AutoModelForMaskedLM.from_config(config).eval()
-    if uniform:
-        model.tie_weights = lambda *_, **__: None
-        model.cls.predictions.decoder.weight = torch.nn.Parameter(
-            torch.zeros_like(model.cls.predictions.decoder.weight)
-        )
+    model, tokenizer = made(AutoModelForMaskedLM, BertConfig, "masked")
+    if uniform:  # without the embedding, which is the same weight
+        model.cls.predictions.decoder.weight = torch.nn.Parameter(torch.zeros(len(tokenizer), SMALL["hidden_size"]))
     return model, tokenizer
+
+
+def made(auto_class: type, config_class: type, objective: str) -> tuple:
+    tokenizer = byte_tokenizer(objective)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "initializer_range": 0.2} | SMALL
+    return auto_class.from_config(config_class(**sizes)).eval(), tokenizer
 
 
 def continuations(made: tuple, is_masked: bool = False, **settings) -> Continuations:
@@ -114,6 +113,20 @@ def test_choices_of_one_token_are_read_once():
     assert [found.nats for found in together] == pytest.approx([found.nats for found in alone], rel=1e-5)
 
 
+def test_an_answer_that_melts_into_its_question_is_not_nothing(monkeypatch):
+    score = continuations(causal())
+    monkeypatch.setattr(score, "with_start", lambda text: [5, 6])  # of both, as a tokenizer that joins them gives
+    (found,) = score([Pair("the", "m")])
+    assert found.tokens == 1 and found.nats > 0
+
+
+def test_a_tokenizer_of_another_model_is_told():
+    model, tokenizer = causal()
+    model.get_input_embeddings().num_embeddings = 3
+    with pytest.raises(ValueError, match="the model knows 3 ids"):
+        continuations((model, tokenizer))([Pair("to be", " or")])
+
+
 def test_a_document_begins_where_it_is_told_to():
     model, tokenizer = causal()
     rows = [next(continuations((model, tokenizer), document_start=begins).rows(PAIRS[0])) for begins in (True, False)]
@@ -160,13 +173,17 @@ def test_rows_are_read_in_the_forms_that_they_are_published_in(tmp_path):
 
 
 def test_a_row_that_is_no_question_is_named_or_counted(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"query": "q", "choices": ["a"], "gold": 3}\n{"text": "x y"}\n')
+    rows = ('{"query": "q", "choices": ["a"], "gold": 3}', '{"text": "x y"}')
+    rows += ('{"query": "q", "choices": "ab", "gold": 1}',)
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     with pytest.raises(ValueError, match="rows.jsonl, row 1: wants query, choices and gold"):
         list(read_questions(tmp_path / "rows.jsonl", "choices", BadRows(False)))
     bad_rows = BadRows(True)
-    assert (
-        list(read_questions(tmp_path / "rows.jsonl", "choices", bad_rows)) == [] and sum(bad_rows.skipped.values()) == 2
-    )
+    assert list(read_questions(tmp_path / "rows.jsonl", "choices", bad_rows)) == []
+    assert sum(bad_rows.skipped.values()) == 3
+    (tmp_path / "numbers.jsonl").write_text('{"query": "2 + 2 =", "choices": [4, 5], "gold": 0}\n')
+    (question,) = read_questions(tmp_path / "numbers.jsonl", "choices", BadRows(False))
+    assert question.pairs() == [("2 + 2 =", " 4"), ("2 + 2 =", " 5")]
 
 
 @pytest.mark.parametrize("is_masked", [False, True])
@@ -304,6 +321,10 @@ def test_the_calibration_error_is_that_of_the_bins():
     confidence, right = np.array([0.95, 0.95, 0.95, 0.95, 0.5, 0.5]), np.array([1, 1, 1, 0, 1, 1.0])
     assert calibration_error(confidence, right) == pytest.approx((4 * 0.2 + 2 * 0.5) / 6)
     assert calibration_error(np.ones(4), np.ones(4)) == 0
+    rng = np.random.default_rng(0)
+    confidence, right = rng.uniform(0.5, 1, 500), (rng.random(500) < 0.7).astype(float)
+    theirs = binary_calibration_error(torch.tensor(confidence), torch.tensor(right).long(), n_bins=15, norm="l1")
+    assert calibration_error(confidence, right) == pytest.approx(float(theirs), rel=1e-5)
 
 
 def test_token_predictions_are_those_of_the_whole_logits():
@@ -436,6 +457,9 @@ def test_a_folder_is_judged_by_files_of_questions(tmp_path, capsys):
         (["--task", "tuned"], "no config.yaml of a fine-tuning"),
         (["--task", "bbq", "--data.path", "{}"], "is none of BBQ"),
         (["--task", "lm_eval"], "pass --lm_eval.tasks"),
+        (["--task", "winobias", "--data.path", "{}"], "no pro_stereotyped_*"),
+        (["--task", "crows_pairs", "--data.path", "none.csv"], "none.csv"),
+        (["--task", "stereoset", "--data.path", "{}"], "is no file of StereoSet"),
         (["--document_start", "true", "--data.path", "{}"], "--document_start changes nothing"),
     ],
 )

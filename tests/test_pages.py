@@ -119,6 +119,29 @@ def test_rows_without_tokens_stand_where_their_step_does(tmp_path):
     assert read_metrics(tmp_path / "steps.csv") == {"val/loss": [(3, 2.0), (7, 1.0)]}
 
 
+def test_a_file_that_a_kill_cut_off_costs_nothing_else(runs, tmp_path):
+    shutil.copytree(runs[1].parent, tmp_path / "runs")
+    mine, other = (tmp_path / "runs" / name for name in ("pretrain-1", "pretrain-0"))
+    with (mine / "samples.jsonl").open("a") as file:
+        file.write('{"step": 7, "pro')
+    with (mine / "metrics.csv").open("a") as file:
+        file.write("9,0.")
+    (other / "summary.json").write_text("{")
+    text = write_run_page(mine).read_text()
+    assert text.count("<polyline") >= 5 and "pretrain-0" not in text
+    assert keep(mine / "samples.jsonl", [[8, "p", "x"]])[-1] == [8, "p", "x"]
+    assert all(json.loads(line) for line in (mine / "samples.jsonl").read_text().splitlines())
+
+
+def test_runs_of_another_kind_are_no_neighbours(runs, tmp_path):
+    shutil.copytree(runs[1].parent, tmp_path / "runs")
+    (tmp_path / "runs" / "pretrain-0").rename(tmp_path / "runs" / "mine")
+    assert [run.name for run in neighbours(tmp_path / "runs" / "pretrain-1")] == ["mine"]
+    config = tmp_path / "runs" / "mine" / "config.yaml"
+    config.write_text(config.read_text().replace("CausalLM", "MaskedLM"))
+    assert neighbours(tmp_path / "runs" / "pretrain-1") == []
+
+
 def test_samples_of_steps_that_are_done_again_are_replaced(tmp_path):
     for step, text in ((2, "a"), (4, "b"), (6, "c"), (4, "d")):
         keep(tmp_path / "samples.jsonl", [[step, "p", text]])

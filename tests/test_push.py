@@ -1,6 +1,7 @@
 """A model goes to the Hub where it is told to, and nowhere else."""
 
 import pytest
+from huggingface_hub import HfApi
 
 from lightning_modules.callbacks import push
 from tests.finetuning import refused
@@ -54,6 +55,13 @@ def test_a_hub_that_refuses_is_told_before_anything_is_trained(corpus, tmp_path,
     words = [f"--data.path={corpus}", "--push.to=me/small", f"--trainer.default_root_dir={tmp_path}"]
     error = refused(capsys, *words, script=ROOT / "recipes" / "pretrain.py")
     assert "--push.to me/small: the Hub did not take it (no token)" in error and len(one.calls) == 1
+
+
+def test_without_a_network_it_is_told_in_one_line(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(push, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9", token="hf_" + "x" * 30))
+    words = [f"--data.path={corpus}", "--push.to=me/small", f"--trainer.default_root_dir={tmp_path}"]
+    error = refused(capsys, *words, script=ROOT / "recipes" / "pretrain.py")
+    assert "--push.to me/small: the Hub did not take it" in error
 
 
 def test_a_hub_that_is_gone_at_the_end_costs_no_model(corpus, tmp_path, hub, capsys):

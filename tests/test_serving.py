@@ -75,7 +75,7 @@ def test_the_notebook_goes_from_text_to_a_served_model(corpus, tmp_path, monkeyp
         source = "".join(cell["source"]).replace("8765", str(free_port()) if "port" not in names else names["port"])
         if "port" not in names and "--port" in source:
             names["port"] = source.partition('"--port", "')[2].partition('"')[0]
-        exec(compile(source, "cell", "exec"), names)  # noqa: S102
+        exec(compile(source, "cell", "exec"), names)  # which is how a notebook runs them
         if "recipe" in names and "plain" not in names:
             names["plain"] = names["recipe"]
             names["recipe"] = lambda line: names["plain"](line + small.get(line.split()[0], ""))

@@ -60,12 +60,12 @@ class Guard(Callback):
         if not module.step_is_finite:
             self.in_a_row += 1
             self._tell(trainer, f"the loss is {loss:.4g}, the gradient norm {norm:.4g}: not applied", loss, norm)
-            tracking.count_event(trainer.loggers, "not_finite", int(module.tokens))
+            tracking.log_event(trainer.loggers, "not_finite", 1.0, int(module.tokens))
             self._act(trainer, module)
         elif loss > self.spike_factor * usual:
             self.in_a_row = 0
             self._tell(trainer, f"the loss is {loss:.4g}, {loss / usual:.1f} times the usual {usual:.4g}", loss, norm)
-            tracking.count_event(trainer.loggers, "loss_spikes", int(module.tokens))
+            tracking.log_event(trainer.loggers, "loss_spikes", loss, int(module.tokens))
         else:
             self.in_a_row = 0
             self._losses.append(loss)

@@ -23,7 +23,6 @@ class Layers(Callback):
     def __init__(self, every_n_steps: int = 100, histograms: bool = False):
         self.every_n_steps = every_n_steps
         self.histograms = histograms
-
         self._found: dict[str, object] = {}
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:

@@ -3,9 +3,13 @@
 import sys
 from pathlib import Path
 
+import httpx
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+REFUSALS = (httpx.HTTPError, HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError)
+"""No network, no login, no right to the name, no name."""
 
 
 class Push(Callback):
@@ -26,7 +30,7 @@ class Push(Callback):
             return
         try:
             HfApi().create_repo(self.to, private=self.private, exist_ok=True)
-        except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+        except REFUSALS as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"--push.to {self.to}: the Hub did not take it ({reason}); hf auth login") from None
 
@@ -37,6 +41,6 @@ class Push(Callback):
         try:
             HfApi().upload_folder(repo_id=self.to, folder_path=folder, commit_message=Path(folder).parent.name)
             print(f"pushed          {self.to}")
-        except (HfHubHTTPError, OSError, ValueError) as error:  # the model is here all the same
+        except REFUSALS as error:  # the model is here all the same
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"warning: not pushed ({reason}); hf upload {self.to} {folder}", file=sys.stderr)

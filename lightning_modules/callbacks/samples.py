@@ -1,6 +1,7 @@
 """What the model writes, at each validation."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -62,9 +63,19 @@ class Samples(Callback):
 
 
 def keep(file: Path, rows: list[list[object]]) -> list[list[object]]:
-    """Adds lines to a file, without those of steps that are done again; returns all that are in it."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    before = [[found[name] for name in COLUMNS] for found in map(json.loads, lines) if found["step"] < rows[0][0]]
+    """Adds lines to a file, whole or not at all, without those of steps that are done again; returns all in it."""
+    before = [[found[name] for name in COLUMNS] for found in whole_lines(file) if found["step"] < rows[0][0]]
     found = [dict(zip(COLUMNS, row, strict=True)) for row in [*before, *rows]]
-    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found))
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found))
+    partial.replace(file)
     return [*before, *rows]
+
+
+def whole_lines(file: Path) -> list[dict]:
+    """Objects of a file of JSON lines, without one that was cut off; [] where there is no file."""
+    found = []
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [one for one in found if isinstance(one, dict)]

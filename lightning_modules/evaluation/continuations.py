@@ -18,7 +18,8 @@ from lightning_modules.likelihood import (
     Row,
     batches_by_length,
     masked_places,
-    special_tokens_around,
+    require_known,
+    special_ids,
     token_scores,
 )
 
@@ -74,15 +75,9 @@ class Continuations:
     ):
         self.model, self.tokenizer, self.masked, self.document_start = model, tokenizer, masked, document_start
         self.longest = min(max_positions or LONGEST_WINDOW, LONGEST_WINDOW)
-        starts = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id)
-        self.start_id = next((token for token in starts if token is not None), None)
-        if masked and tokenizer.mask_token_id is None:
-            raise ValueError("the tokenizer of this masked model has no mask token; pass its own by --tokenizer")
+        self.start_id, *self.around = special_ids(tokenizer, masked, "a")
         if not masked and self.start_id is None:
             raise ValueError("the tokenizer has neither bos nor eos, which a text begins with; pass its own")
-        self.around = special_tokens_around(tokenizer, "a") if masked else ([], [])
-        if masked and not self.around[0] and self.start_id is not None:
-            self.around = ([self.start_id], self.around[1])
 
     def __call__(self, pairs: Sequence[Pair], batch_size: int | None = None) -> list[Found]:
         """In the order of the pairs. The batch size changes nothing but speed."""
@@ -92,9 +87,10 @@ class Continuations:
         """Of each part the sum over its rows."""
         sums = [_Sum() for _ in parts]
         max_tokens = BATCH_TOKENS[self.model.device.type]
-        once: dict[tuple[int, ...], _Owned] = {}
+        vocab_size, once = self.model.get_input_embeddings().num_embeddings, dict[tuple[int, ...], _Owned]()
         for number, rows in enumerate(parts):
             for row in rows:
+                require_known((*row.input_ids, *row.targets), vocab_size)
                 only = row.columns[0] if len(row.columns) == 1 else -1 - number
                 owned = once.setdefault((*row.input_ids, only), _Owned(Row(row.input_ids, [], [])))
                 owned.row.columns.extend(row.columns)
@@ -133,13 +129,18 @@ class Continuations:
         if blanks:
             context, continuation = context[:-blanks], context[-blanks:] + continuation
         if self.masked:
-            whole, before = self.plain(context + continuation), self.plain(context) if context else []
-            return whole[: len(before)], whole[len(before) :]
+            before = self.plain(context) if context else []
+            return self.parted(self.plain(context + continuation), before, continuation)
         if not context:
             ids = self.plain(continuation)
             return ([self.start_id], ids) if ids[:1] != [self.start_id] else (ids[:1], ids[1:])
-        whole, before = self.with_start(context + continuation), self.with_start(context)
-        return whole[: len(before)], whole[len(before) :]
+        return self.parted(self.with_start(context + continuation), self.with_start(context), continuation)
+
+    def parted(self, whole: list[int], before: list[int], continuation: str) -> tuple[list[int], list[int]]:
+        """Where both together are no more tokens than the context, what follows is made tokens by itself: nothing would
+        be the most probable answer."""
+        rest = whole[len(before) :]
+        return (whole[: len(before)], rest) if rest else (before, self.plain(continuation))
 
     def plain(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]

@@ -27,7 +27,13 @@ def run_tasks(loaded: LoadedModel, tasks: Sequence[str], include_path: Path | No
     manager = TaskManager(
         include_path=None if include_path is None else str(include_path), include_defaults=include_path is None
     )
-    model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend=backend, batch_size=8)
+    model = HFLM(
+        pretrained=loaded.model,
+        tokenizer=loaded.tokenizer,
+        backend=backend,
+        batch_size=8,
+        device=str(loaded.model.device),
+    )
     try:
         found = simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, num_fewshot=few_shot)
     except Exception as error:  # a task's name, its YAML, its data set

@@ -16,7 +16,10 @@ FURTHER = {
     "prefers stereotype": "prefers_stereotype",
 }
 """Titles of what is shown where it was asked for."""
-LESS_IS_BETTER = ("bits_per_byte", "nats_per_token", "loss")
+LESS_IS_BETTER = (
+    *("bits_per_byte", "nats_per_token", "loss", "perplexity", "mse"),
+    *("kl", "calibration_error", "prefers_stereotype"),
+)
 
 
 def table(found: list[Judged]) -> str:
@@ -53,7 +56,8 @@ def cells(found: list[Judged]) -> list[list[str]]:
     columns |= {} if written else {"ms/text": figure("prompt_ms", 1)}
     columns["of it "] = share_of(first, "token_ms" if written else "prompt_ms", 2)
     if any("joules" in one.figures for one in found):
-        columns["J/token" if written else "J/text"] = figure("joules")
+        how = "" if first.joules_by.startswith("measured") else ", estimated"
+        columns[f"J/{'token' if written else 'text'}{how}"] = figure("joules")
     rows = [["", *(title.strip() for title in columns)]]
     return rows + [[one.name, *(cell(one) for cell in columns.values())] for one in found]
 

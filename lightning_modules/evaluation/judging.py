@@ -98,6 +98,7 @@ def validated(models: dict[str, Opened]) -> dict[str, TaskScores]:
     config = task_config(first) or task_config(str(done_so_far(first)["source"]))
     found: dict[str, TaskScores] = {}
     for name in models if config else ():
+        print(f"judging {name} by the examples of {config}", file=sys.stderr)
         try:
             found[name] = task_scores(config, models[name].folder)
         except ValueError as error:
@@ -157,16 +158,19 @@ class Judged:
         changes: Intervals of what is other than the first's: excess, nats in percent; score_change, of the task's
             examples; bias_change, of pairs.
         metric: Of the task that it was fine-tuned for, the name of the figure that counts.
+        joules_by: How the joules were found: measured, or estimated.
     """
 
     name: str
     figures: dict[str, float]
     changes: dict[str, Interval] = field(default_factory=dict)
     metric: str | None = None
+    joules_by: str = ""
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float | str]:
         ends = {f"{name}_low": low for name, (low, _) in self.changes.items()}
-        return self.figures | ends | {f"{name}_high": high for name, (_, high) in self.changes.items()}
+        ends |= {f"{name}_high": high for name, (_, high) in self.changes.items()}
+        return self.figures | ends | ({"joules_by": self.joules_by} if self.joules_by else {})
 
 
 @dataclass
@@ -286,3 +290,4 @@ def add_energy(found: dict[str, Judged], models: dict[str, Opened]) -> None:
             drawn = energy.joules_of(calls[-1], max(1, round(1000 * ENERGY_SECONDS / ms)))
             if drawn.joules:
                 found[name].figures["joules"] = drawn.joules
+                found[name].joules_by = drawn.by

@@ -43,7 +43,7 @@ def comparison_page(found: Sequence[Judged], axes: Sequence[tuple[str, str]], ab
 
 def scatter(found: Sequence[Judged], cost: str, quality: str) -> str:
     some = [one for one in found if cost in one.figures and quality in one.figures]
-    sign = 1 if quality in LESS_IS_BETTER else -1
+    sign = 1 if quality in LESS_IS_BETTER else -1  # of costs less is better, always
     pairs = [(one.figures[cost], sign * one.figures[quality]) for one in some]
     best = [(x, sign * y) for x, y in pareto(pairs)]
     shown = [(short_name(one.name), (x, sign * y)) for one, (x, y) in zip(some, pairs, strict=True)]

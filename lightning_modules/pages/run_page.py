@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import yaml
 
 from lightning_modules.architectures import bytes_of
 from lightning_modules.callbacks.energy import in_words
+from lightning_modules.callbacks.samples import whole_lines
 from lightning_modules.pages import charts
 from lightning_modules.pages.page import figures, folded, page, preformatted, section, table
 
 FILE = "report.html"
-NEIGHBOURS = 5
+LOOKED_AT, NEIGHBOURS = 20, 5
 """The newest other runs beside it whose curves are drawn, too."""
 MOST = 50
 """Unusual steps in the page."""
@@ -63,6 +65,7 @@ def read_metrics(file: Path) -> dict[str, list[charts.Point]]:
         return {}
     with file.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
+    rows = [row for row in rows if is_whole(row)]
     tokens_at, found = {}, {}
     for row in rows:
         if row.get("tokens"):
@@ -77,6 +80,16 @@ def read_metrics(file: Path) -> dict[str, list[charts.Point]]:
     return found
 
 
+def is_whole(row: dict[str, str | None]) -> bool:
+    """Not one that is being written, or was cut off."""
+    try:
+        return (
+            bool(row["step"]) and None not in row.values() and all(type(float(v)) is float for v in row.values() if v)
+        )
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
 def _between(step: int, known: list[int], tokens_at: dict[int, float]) -> float:
     """As many tokens a step as the nearest logged one had."""
     nearest = min(known, key=lambda other: abs(other - step))
@@ -84,14 +97,19 @@ def _between(step: int, known: list[int], tokens_at: dict[int, float]) -> float:
 
 
 def neighbours(folder: Path) -> list[Run]:
-    """The newest other runs in the folder around it, with the same recipe where their names say it."""
-    others = [
-        file.parent
-        for file in folder.resolve().parent.glob("*/metrics.csv")
-        if file.parent != folder.resolve() and file.parent.name.split("-")[0] == folder.name.split("-")[0]
-    ]
-    others.sort(key=lambda other: (other / "metrics.csv").stat().st_mtime, reverse=True)
-    return [read_run(other) for other in others[:NEIGHBOURS]]
+    """The newest other runs in the folder around it that train the same class of module; not those that are damaged."""
+    files = [file for file in folder.resolve().parent.glob("*/metrics.csv") if file.parent != folder.resolve()]
+    files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+    mine, found = kind_of(read_run(folder)), []
+    for file in files[:LOOKED_AT]:
+        with suppress(ValueError):
+            found.append(read_run(file.parent))
+    return [run for run in found if kind_of(run) == mine][:NEIGHBOURS]
+
+
+def kind_of(run: Run) -> str | None:
+    model = run.config.get("model")
+    return model.get("class_path") if isinstance(model, dict) else None
 
 
 def run_page(run: Run, others: list[Run]) -> str:
@@ -152,7 +170,9 @@ def samples(folder: Path) -> str:
     file = folder / "samples.jsonl"
     if not file.is_file():
         return ""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = whole_lines(file)
+    if not rows:
+        return ""
     by_step: dict[int, str] = {}
     for row in rows:
         text = row["text"].removeprefix(row["prompt"])
@@ -166,7 +186,7 @@ def unusual(folder: Path) -> str:
     file = folder / "unusual_steps.jsonl"
     if not file.is_file():
         return ""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = whole_lines(file)
     shown = [
         [f"{row['step']:,}", row["loss"], row["grad_norm"], ", ".join(map(str, row["rows"][:8]))] for row in rows[:MOST]
     ]
