@@ -54,21 +54,33 @@ def test_one_call_is_a_part_of_all():
     assert 0 < energy.joules_of(busy, 5).joules < energy.joules_of(lambda: busy(3_000_000), 5).joules
 
 
-def test_a_run_says_what_it_drew_and_one_that_goes_on_adds_to_it(corpus, tmp_path, monkeypatch):
-    monkeypatch.setenv("LIGHTNING_LM_ENERGY", "on")
+def drawn(corpus, folder, *more: str) -> dict[str, object]:
+    """What a toy run says of its energy."""
     flags = {"data.path": corpus, "data.tokenizer": "bytes", "data.seq_len": 32, "data.batch_size": 4}
-    flags |= {"trainer.val_check_interval": 2, "trainer.default_root_dir": tmp_path / "run"}
+    flags |= {"trainer.val_check_interval": 2, "trainer.default_root_dir": folder}
     flags |= {"energy.country": "DEU", "samples.max_new_tokens": 0}
-    words = [f"--{name}={value}" for name, value in flags.items()]
-    recipe("fit", *words, "--trainer.max_steps=2", script=SCRIPT)
-    first = json.loads((tmp_path / "run" / "summary.json").read_text())["energy"]
-    recipe("fit", *words, "--trainer.max_steps=4", "--ckpt_path=last", script=SCRIPT)
-    both = json.loads((tmp_path / "run" / "summary.json").read_text())["energy"]
-    assert 0 < first["joules"] < both["joules"]
-    assert first["kwh"] == pytest.approx(first["joules"] / 3.6e6, rel=0.02)
-    assert first["co2e_grams"] == pytest.approx(381 * first["kwh"], rel=0.02)
-    assert both["joules_per_million_tokens"] == pytest.approx(both["joules"] * 1e6 / (4 * 4 * 32), rel=0.05)
-    assert "energy" in (tmp_path / "run" / "config.yaml").read_text()
+    recipe("fit", *(f"--{name}={value}" for name, value in flags.items()), *more, script=SCRIPT)
+    return json.loads((folder / "summary.json").read_text())["energy"]
+
+
+def test_a_run_says_what_it_drew(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_LM_ENERGY", "on")
+    found = drawn(corpus, tmp_path, "--trainer.max_steps=2")
+    assert found["joules"] > 0 and found["kwh"] == pytest.approx(found["joules"] / 3.6e6, rel=0.02)
+    assert found["co2e_grams"] == pytest.approx(381 * found["kwh"], rel=0.02)
+    assert found["joules_per_million_tokens"] == pytest.approx(found["joules"] * 1e6 / (2 * 4 * 32), rel=0.05)
+    assert "energy" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_run_that_goes_on_adds_to_what_it_had(corpus, tmp_path, monkeypatch):
+    """With a meter of ten joules a process."""
+    monkeypatch.setenv("LIGHTNING_LM_ENERGY", "on")
+    monkeypatch.setattr(energy.Meter, "start", lambda self: None)
+    for name in ("read", "stop"):
+        monkeypatch.setattr(energy.Meter, name, lambda self: energy.Energy(10.0, 2.0, "estimated: ten"))
+    assert drawn(corpus, tmp_path, "--trainer.max_steps=2")["joules"] == 10
+    both = drawn(corpus, tmp_path, "--trainer.max_steps=4", "--ckpt_path=last")
+    assert both["joules"] == 20 and both["co2e_grams"] == 4 and both["by"] == "estimated: ten"
 
 
 def test_what_was_not_measured_is_said(monkeypatch):
