@@ -51,10 +51,10 @@ bench-gpu: setup ## the same at 124M and 1B on a CUDA device
 atlas: setup ## optimizers, schedules and regularization beside each other (40 minutes); into docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py --only atlas --keep runs/atlas --page docs/benchmarks.md
 
-tournament: setup ## LSTM, GPT-2, a modern decoder, BERT and T5 beside each other (75 minutes); into docs/benchmarks.md
+tournament: setup ## LSTM, GPT-2, a modern decoder, BERT and T5 beside each other (an hour); into docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py --only tournament --keep runs/tournament --page docs/benchmarks.md
 
-ladder: setup ## four sizes, the law that they follow, and the next one foretold (90 minutes); into docs/benchmarks.md
+ladder: setup ## four sizes, the law that they follow, and the next one foretold (50 minutes); into docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py --only ladder --keep runs/ladder --page docs/benchmarks.md
 
 reference: setup ## docs/reference.md from each recipe's --help

@@ -1,7 +1,7 @@
 """Architectures beside each other on one text: on equal bytes, and in equal seconds.
 
 Run:
-    python benchmarks/run.py --only tournament --keep runs/tournament --page docs/benchmarks.md      75 minutes
+    python benchmarks/run.py --only tournament --keep runs/tournament --page docs/benchmarks.md      an hour on 2 cores
 
 About as many parameters each, one optimizer, its rate tuned by three runs of each; three seeds. Bits per byte of the
 decoders and the LSTM are those of the text; of BERT and T5 of its pseudo-likelihood, which sees both sides of a token.
@@ -15,12 +15,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from page import ROOT, Table
 from side_by_side import SEEDS, Runs, run, spread
 from turns import environment
 
 THREADS = 2
-STEPS, SECONDS = 400, 90
+STEPS, SECONDS = 300, 60
 COMMON = {
     "data.vocab_size": 4096,
     "data.seq_len": 256,
@@ -90,6 +91,7 @@ def tables(keep: Path | None) -> Iterator[Table]:
         rates = {name: best_rate(runs, name, flags) for name, flags in CONTENDERS.items()}
         yield table(runs, text, rates, "bytes", BYTES, f"{STEPS} steps of 12 × 256 tokens")
         yield table(runs, text, rates, "seconds", TIME, f"{SECONDS} seconds of training")
+        yield times({name: folder / folder_of(name, rates[name], SEEDS[0], "bytes") for name in CONTENDERS})
 
 
 def best_rate(runs: Runs, name: str, flags: dict) -> float:
@@ -157,4 +159,23 @@ def table(runs: Runs, text: Path, rates: dict[str, float], kind: str, limit: dic
         rows,
         f"{budget} of the standard library, {THREADS} threads; {SCORED_BYTES:,} bytes of held-out files. Joules: "
         "codecarbon's, here an estimate by load.",
+    )
+
+
+def times(folders: dict[str, Path]) -> Table:
+    """Of the models of the first seed, in turns."""
+    from lightning_modules.compression.opened import open_model
+    from lightning_modules.evaluation.judging import PROMPT_TOKENS, latencies
+
+    torch.set_num_threads(THREADS)
+    opened = {name: open_model(str(folder / "model")) for name, folder in folders.items()}
+    for one in opened.values():
+        one.to_stored()
+    found = latencies(opened)
+    return Table(
+        "The tournament: latency",
+        "python benchmarks/run.py --only tournament",
+        ["", f"ms a text of {PROMPT_TOKENS} tokens", "ms a new token"],
+        [[name, f"{text:.2f}", "" if token is None else f"{token:.2f}"] for name, (text, token) in found.items()],
+        f"Medians, the models in turns, bf16, {THREADS} threads. T5 reads the text and is given as much to write.",
     )

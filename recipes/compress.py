@@ -267,8 +267,9 @@ def search(
             fail(f"the training of the super-network ended with {code}", code)
     measured = searching.measured(folder, documents(data, "val"), rows)
     points = tried.search(measured, trials)
-    searching.tell(measured, points, trials, folder)
-    searching.write_front(measured, tried.front(points), wanted, folder)
+    uniform = searching.tell(measured, points, trials, folder)
+    searching.write_points(measured, uniform, folder / "uniform")
+    searching.write_chosen(searching.write_points(measured, tried.front(points), folder / "points"), wanted, folder)
 
 
 def run(

@@ -150,6 +150,49 @@ def test_as_many_sizes_are_tried_as_asked_for_and_each_once(budget):
     assert {trials.space.largest, trials.space.smallest} <= {p.sizes for p in found}
 
 
+class Supposed(Trials):
+    """Costs by a formula: width is what the loss depends on, and what is inside costs without a gain."""
+
+    def __init__(self):
+        shares = tuple(range(24, 11, -1))
+        self.space, self.found = Space(tuple(range(12, 5, -1)), shares, shares, shares, (), True), {}
+
+    def __call__(self, sizes: Sizes) -> Point:
+        if sizes not in self.found:
+            shares = torch.tensor([sizes.layers / 12, sizes.width / 24, sizes.inner / 24, sizes.heads / 24])
+            nats = (torch.tensor([0.4, 1.0, 0.0, 0.2]) * (1 - shares).square()).sum()
+            cost = (torch.tensor([0.2, 0.3, 0.3, 0.2]) * shares).sum()
+            self.found[sizes] = Point(sizes, float(nats), float(cost), float(cost))
+        return self.found[sizes]
+
+
+def test_the_sizes_that_all_shrink_alike_lie_between_the_ends():
+    space = Supposed().space
+    found = tried.uniform(space)
+    assert len(found) == 5 and not {space.largest, space.smallest} & set(found)
+    assert found[2] == Sizes(9, 18, 18, 18)
+    assert tried.uniform(Space((8, 7, 6, 5, 4), (320, 160), (9,), (4, 2), (), True))[-1] == Sizes(5, 160, 9, 2)
+
+
+def test_a_neighbour_is_one_place_away_in_one_dimension():
+    space = Space((3, 2), (8, 6, 4), (9,), (4, 3, 2), (), True, must_divide=True)
+    assert set(space.neighbours(Sizes(3, 8, 9, 4))) == {Sizes(2, 8, 9, 4)}  # 6 and 8 do not divide by 4 and 3
+    assert set(space.neighbours(Sizes(2, 4, 9, 2))) == {Sizes(3, 4, 9, 2), Sizes(2, 6, 9, 2)}
+    tied = Space((2,), (8, 4), (9, 8), (2, 1), (), False)
+    assert set(tied.neighbours(Sizes(2, 8, 9, 2))) == {Sizes(2, 8, 8, 2), Sizes(2, 4, 9, 1)}
+
+
+def test_a_search_is_better_than_chance_and_than_shrinking_all_alike():
+    trials, by_chance = Supposed(), Supposed()
+    found = tried.search(trials, 200)
+    drawn = [by_chance(sizes) for sizes in tried.at_random(trials.space, 200, seed=1)]
+    assert len(found) == len(drawn) == 200
+    volumes = [tried.hypervolume(points, (0.5, 1.0)) for points in (found, drawn)]
+    assert volumes[0] > 1.03 * volumes[1]
+    alike = [trials(sizes) for sizes in tried.uniform(trials.space)]
+    assert all(any(point.dominates(one) for point in found) for one in alike)
+
+
 @pytest.mark.parametrize("words", ["latency", "speed=0.5", "latency=2", "latency=fast"])
 def test_a_target_that_is_none_is_refused(words):
     with pytest.raises(ValueError, match="pass latency=0.5 or parameters=0.5"):
@@ -185,6 +228,9 @@ def test_a_search_leaves_folders_and_goes_on_where_it_was(decoder, texts, tmp_pa
     whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(decoder).parameters())
     assert sum(p.numel() for p in chosen.network.parameters()) <= 0.8 * whole
     assert len(points) == 8 and len(list((tmp_path / "out" / "points").iterdir())) >= 2
+    assert len(list((tmp_path / "out" / "uniform").iterdir())) == len(
+        json.loads((tmp_path / "out" / "uniform.json").read_text())
+    )
 
 
 # Steps one after the other

@@ -19,7 +19,7 @@ from lightning_modules.compression.calibration import Batch
 from lightning_modules.compression.sizes import Sizes
 from lightning_modules.compression.super_network import Part, Space
 
-TURNS = 7
+TURNS = 15
 UNIFORM = 5
 """Sizes of the baseline that scales all dimensions alike."""
 
@@ -119,13 +119,30 @@ def front(points: list[Point]) -> list[Point]:
 
 
 def search(trials: Trials, budget: int, seed: int = 0) -> list[Point]:
-    """All points where there are no more than `budget`, else as many as NSGA-II chooses."""
+    """All points where there are no more than `budget`; else as many: half as NSGA-II chooses, then, while there are
+    any, neighbours of the front."""
     space = trials.space
     if len(sizes := space.all()) <= budget:
         return [trials(one) for one in sizes]
+    evolved(trials, budget // 2, seed)
+    numbers = random.Random(seed)
+    while len(trials.found) < budget:
+        best = front(list(trials.found.values()))
+        if not (
+            near := [sizes for point in best for sizes in space.neighbours(point.sizes) if sizes not in trials.found]
+        ):
+            evolved(trials, budget, seed + 1)
+            break
+        trials(numbers.choice(near))
+    return list(trials.found.values())
+
+
+def evolved(trials: Trials, budget: int, seed: int) -> None:
+    """Tries sizes by NSGA-II, the ends first, until `budget` are found."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    space = trials.space
     dimensions = {"layers": space.layers, "width": space.width, "inner": space.inner, "heads": space.heads}
 
     def tried(trial: optuna.Trial) -> tuple[float, float, float]:
@@ -141,15 +158,18 @@ def search(trials: Trials, budget: int, seed: int = 0) -> list[Point]:
         study.enqueue_trial(places)
     while len(trials.found) < budget and len(study.trials) < 4 * budget:
         study.optimize(tried, n_trials=1)
-    return list(trials.found.values())
 
 
 def uniform(space: Space) -> list[Sizes]:
-    """All dimensions scaled alike, in equal steps from the whole to the smallest."""
-    found = []
-    for step in range(UNIFORM):
-        share = step / (UNIFORM - 1)
-        places = [round(share * (len(v) - 1)) for v in (space.layers, space.width, space.inner, space.heads)]
+    """All dimensions by one share, in equal steps between the whole and the smallest, which nothing can be better than;
+    each by what is nearest to it in the space."""
+    dimensions = (space.layers, space.width, space.inner, space.heads)
+    least, found = max((v[-1] / v[0] for v in dimensions if len(v) > 1), default=1.0), []
+    for step in range(1, UNIFORM + 1):
+        share = 1 - (1 - least) * step / (UNIFORM + 1)
+        places = [
+            min(range(len(values)), key=lambda place: abs(values[place] - share * values[0])) for values in dimensions
+        ]
         found.append(nearest_possible(space, *places))
     return list(dict.fromkeys(found))
 

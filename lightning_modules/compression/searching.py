@@ -80,8 +80,8 @@ def measured(folder: Path, documents: list[str], rows: int) -> tried.Trials:
     return tried.Trials(trained.network, space, trained.auto_class, batches, mask_id)
 
 
-def tell(trials: tried.Trials, points: list[tried.Point], budget: int, folder: Path) -> None:
-    """The front, and what other ways to choose would have found."""
+def tell(trials: tried.Trials, points: list[tried.Point], budget: int, folder: Path) -> list[tried.Point]:
+    """The front, and what other ways to choose would have found. Returns the sizes that all shrink alike."""
     space, best = trials.space, tried.front(points)
     print(
         f"tried  {len(points)} of {len(space.all())} sizes; none is better in loss, parameters and latency than these:"
@@ -98,22 +98,26 @@ def tell(trials: tried.Trials, points: list[tried.Point], budget: int, folder: P
         print(f"\nas many at random: {volumes[1] / volumes[0]:.3f} of the volume under the front of loss and latency")
     tried.save(points, folder / "points.json")
     tried.save(uniform, folder / "uniform.json")
+    return uniform
 
 
-def write_front(trials: tried.Trials, best: list[tried.Point], target: dict[str, float], folder: Path) -> None:
-    """A folder for each point of the front, and once more the one that is chosen for the target."""
-    source = folders.open_model(str(folder / "super"))
-    whole = source.network
+def write_points(trials: tried.Trials, points: list[tried.Point], folder: Path) -> dict[tried.Point, Path]:
+    """A folder for each, as it was measured."""
+    source = folders.open_model(str(folder.parent / "super"))
     names = {}
-    for point in best:
+    for point in points:
         s = point.sizes
-        names[point] = folder / "points" / f"{s.layers}x{s.width}x{s.inner}x{s.heads}"
+        names[point] = folder / f"{s.layers}x{s.width}x{s.inner}x{s.heads}"
         source.network = trials.part(s).cut_out()
         step = {"verb": "search", "sizes": vars(s), "nats": point.nats}
         with folders.written_whole(names[point], source, step) as temporary:
             source.network.to(source.stored).save_pretrained(temporary)
-    source.network = whole
-    found = tried.chosen(best, target)
+    return names
+
+
+def write_chosen(names: dict[tried.Point, Path], target: dict[str, float], folder: Path) -> None:
+    """Once more the one that is chosen for the target."""
+    found = tried.chosen(list(names), target)
     told = ", ".join(f"{name} ≤ {value:g}" for name, value in target.items())
     if found is None:
         print(f"\nfiles  {folder / 'points'}\nnone of the sizes has {told}; pass smaller --shares, or another --target")
@@ -121,5 +125,5 @@ def write_front(trials: tried.Trials, best: list[tried.Point], target: dict[str,
     shutil.rmtree(folder / "chosen", ignore_errors=True)
     shutil.copytree(names[found], folder / "chosen")
     print(f"\n{told}: {found.nats:.4f} nats a token, parameters {found.parameters:.3f}, latency {found.latency:.2f}")
-    print(f"files  {folder / 'points'}, {folder / 'chosen'}")
+    print(f"files  {folder / 'points'}, {folder / 'uniform'}, {folder / 'chosen'}")
     print(f"next   python recipes/compress.py train --model {shlex.quote(str(folder / 'chosen'))}")

@@ -82,6 +82,19 @@ class Space:
         found = dict.fromkeys(self.sizes(*chosen) for chosen in itertools.product(*places))
         return [sizes for sizes in found if self.is_possible(sizes)]
 
+    def neighbours(self, sizes: Sizes) -> list[Sizes]:
+        """One place further in one dimension."""
+        dimensions = (self.layers, self.width, self.inner, self.heads)
+        values = (sizes.layers, sizes.width, sizes.inner, sizes.heads)
+        places = [dimension.index(value) for dimension, value in zip(dimensions, values, strict=True)]
+        found = []
+        for number, step in itertools.product(range(len(places)), (-1, 1)):
+            near = places.copy()
+            near[number] += step
+            if 0 <= near[number] < len(dimensions[number]):
+                found.append(self.sizes(*near))
+        return [one for one in dict.fromkeys(found) if one != sizes and self.is_possible(one)]
+
     def drawn(self, numbers: random.Random) -> Sizes:
         dimensions = (self.layers, self.width, self.inner, self.heads)
         while True:
