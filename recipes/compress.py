@@ -266,10 +266,12 @@ def search(
         if code := subprocess.run(command).returncode:
             fail(f"the training of the super-network ended with {code}", code)
     measured = searching.measured(folder, documents(data, "val"), rows)
-    points = tried.search(measured, trials)
-    uniform = searching.tell(measured, points, trials, folder)
-    searching.write_points(measured, uniform, folder / "uniform")
-    searching.write_chosen(searching.write_points(measured, tried.front(points), folder / "points"), wanted, folder)
+    found = searching.findings(measured, tried.search(measured, trials))
+    searching.tell(measured, found, trials)
+    tried.save(found.points, folder / "points.json")
+    tried.save(found.uniform, folder / "uniform.json")
+    searching.write_points(measured, found.uniform, folder / "uniform")
+    searching.write_chosen(searching.write_points(measured, found.best, folder / "points"), wanted, folder)
 
 
 def run(

@@ -144,8 +144,10 @@ def test_the_volume_under_a_front_is_what_it_leaves_of_the_worst():
 @pytest.mark.parametrize("budget", [12, 500])
 def test_as_many_sizes_are_tried_as_asked_for_and_each_once(budget):
     whole, batches, auto_class = made("nanochat")
-    trials = Trials(whole, space_for(whole, batches), auto_class, batches)
+    counts: list[int] = []
+    trials = Trials(whole, space_for(whole, batches), auto_class, batches, on_found=counts.append)
     found = tried.search(trials, budget)
+    assert counts == list(range(1, len(found) + 1))
     assert len({p.sizes for p in found}) == len(found) == min(budget, len(trials.space.all()))
     assert {trials.space.largest, trials.space.smallest} <= {p.sizes for p in found}
 
@@ -191,6 +193,22 @@ def test_a_search_is_better_than_chance_and_than_shrinking_all_alike():
     assert volumes[0] > 1.03 * volumes[1]
     alike = [trials(sizes) for sizes in tried.uniform(trials.space)]
     assert all(any(point.dominates(one) for point in found) for one in alike)
+
+
+def test_what_is_told_is_timed_once_more_and_never_beats_itself(monkeypatch):
+    whole, batches, auto_class = made("llama")
+    times = iter(range(10_000))
+    monkeypatch.setattr(tried, "ratio_of_times", lambda *_: 0.5 + next(times) / 1e5)  # each measurement has another
+    trials = Trials(whole, space_for(whole, batches), auto_class, batches)
+    points = tried.search(trials, 1000)
+    found = searching.findings(trials, points)
+    assert {p.sizes for p in found.points} == {p.sizes for p in points} and found.best == tried.front(found.points)
+    first = {p.sizes: p.latency for p in points}
+    assert all(p.latency != first[p.sizes] for p in found.best if p.sizes != trials.space.largest)
+    assert found.uniform == [trials.found[p.sizes] for p in found.uniform]  # one time each, in both tables
+    beaten = found.beaten()
+    assert all((p in found.best) != (p in beaten) for p in found.uniform)
+    assert set(beaten) <= set(found.beaten(("nats", "latency")))
 
 
 @pytest.mark.parametrize("words", ["latency", "speed=0.5", "latency=2", "latency=fast"])

@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from lightning_modules.compression.calibration import Batch
 from lightning_modules.compression.sizes import Sizes
 from lightning_modules.compression.super_network import Part, Space
 
-TURNS = 15
+TURNS, TURNS_AGAIN = 7, 60
+"""Of a first look at the latency, and of what is told."""
+COSTS = ("nats", "parameters", "latency")
 UNIFORM = 5
 """Sizes of the baseline that scales all dimensions alike."""
 
@@ -34,12 +36,12 @@ class Point:
     parameters: float
     latency: float
 
-    def costs(self) -> tuple[float, float, float]:
-        return self.nats, self.parameters, self.latency
+    def costs(self, of: tuple[str, ...] = COSTS) -> tuple[float, ...]:
+        return tuple(getattr(self, name) for name in of)
 
-    def dominates(self, other: "Point") -> bool:
+    def dominates(self, other: "Point", of: tuple[str, ...] = COSTS) -> bool:
         """No worse in anything, and better in something."""
-        pairs = list(zip(self.costs(), other.costs(), strict=True))
+        pairs = list(zip(self.costs(of), other.costs(of), strict=True))
         return all(mine <= its for mine, its in pairs) and any(mine < its for mine, its in pairs)
 
 
@@ -52,14 +54,23 @@ class Trials:
         auto_class: Of its networks.
         batches: Held-out text.
         mask_id: Of encoders, what stands for a masked token.
+        on_found: Called after each with how many there are.
     """
 
     def __init__(
-        self, network: PreTrainedModel, space: Space, auto_class: type, batches: list[Batch], mask_id: int | None = None
+        self,
+        network: PreTrainedModel,
+        space: Space,
+        auto_class: type,
+        batches: list[Batch],
+        mask_id: int | None = None,
+        on_found: Callable[[int], None] | None = None,
     ):
         self.network, self.space, self.auto_class, self.batches = network, space, auto_class, batches
         self.mask_id = mask_id or 0
         self.found: dict[Sizes, Point] = {}
+        self.on_found = on_found
+        self._timed_again: set[Sizes] = set()
         self._whole = parameter_count(network)
 
     def part(self, sizes: Sizes) -> Part:
@@ -74,10 +85,23 @@ class Trials:
             with part.filled() as small:
                 nats = nats_per_token(small, self.batches, self.mask_id)
                 calls = (partial(small, **self._row), partial(self.network, **self._row))
-                latency = 1.0 if sizes == self.space.largest else ratio_of_times(*calls)
+                latency = 1.0 if sizes == self.space.largest else ratio_of_times(*calls, TURNS)
             share = parameter_count(part.network) / self._whole
             self.found[sizes] = Point(sizes, nats, share, latency)
+            if self.on_found is not None:
+                self.on_found(len(self.found))
         return self.found[sizes]
+
+    @torch.inference_mode()
+    def timed_again(self, point: Point) -> Point:
+        """By so many turns that sizes which cost nearly the same can be told apart."""
+        if point.sizes == self.space.largest or point.sizes in self._timed_again:
+            return self.found[point.sizes]
+        self._timed_again.add(point.sizes)
+        with self.part(point.sizes).filled() as small:
+            calls = (partial(small, **self._row), partial(self.network, **self._row))
+            self.found[point.sizes] = replace(point, latency=ratio_of_times(*calls, TURNS_AGAIN))
+        return self.found[point.sizes]
 
     @property
     def _row(self) -> Batch:
@@ -100,10 +124,10 @@ def nats_per_token(network: PreTrainedModel, batches: list[Batch], mask_id: int)
     return total / count
 
 
-def ratio_of_times(small: Callable[[], object], whole: Callable[[], object]) -> float:
+def ratio_of_times(small: Callable[[], object], whole: Callable[[], object], turns: int) -> float:
     """Of medians, in turns."""
     seconds: tuple[list[float], list[float]] = ([], [])
-    for turn in range(TURNS + 1):
+    for turn in range(turns + 1):
         for place, call in enumerate((small, whole)):
             start = time.perf_counter()
             call()
@@ -167,11 +191,14 @@ def uniform(space: Space) -> list[Sizes]:
     least, found = max((v[-1] / v[0] for v in dimensions if len(v) > 1), default=1.0), []
     for step in range(1, UNIFORM + 1):
         share = 1 - (1 - least) * step / (UNIFORM + 1)
-        places = [
-            min(range(len(values)), key=lambda place: abs(values[place] - share * values[0])) for values in dimensions
-        ]
+        places = [nearest(values, share * values[0]) for values in dimensions]
         found.append(nearest_possible(space, *places))
     return list(dict.fromkeys(found))
+
+
+def nearest(values: tuple[int, ...], wanted: float) -> int:
+    """Its place; of two as near the smaller's."""
+    return min(range(len(values)), key=lambda place: (round(abs(values[place] - wanted), 6), values[place]))
 
 
 def nearest_possible(space: Space, layers: int, width: int, inner: int, heads: int) -> Sizes:

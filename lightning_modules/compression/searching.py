@@ -3,6 +3,8 @@
 import shlex
 import shutil
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
@@ -20,6 +22,8 @@ MODULES = {
     AutoModelForMaskedLM: "MaskedSuperNetwork",
     AutoModelForSeq2SeqLM: "DenoisingSuperNetwork",
 }
+
+SECONDS_BETWEEN = 20
 
 
 def parsed_target(words: str) -> dict[str, float]:
@@ -77,28 +81,62 @@ def measured(folder: Path, documents: list[str], rows: int) -> tried.Trials:
     trained = folders.open_model(str(folder / "super"))
     batches = calibration_batches(trained.network, trained.tokenizer, documents, rows)
     space, mask_id = Space.read(folder / "ordered"), trained.tokenizer.mask_token_id
-    return tried.Trials(trained.network, space, trained.auto_class, batches, mask_id)
+    return tried.Trials(trained.network, space, trained.auto_class, batches, mask_id, Told())
 
 
-def tell(trials: tried.Trials, points: list[tried.Point], budget: int, folder: Path) -> list[tried.Point]:
-    """The front, and what other ways to choose would have found. Returns the sizes that all shrink alike."""
-    space, best = trials.space, tried.front(points)
+class Told:
+    """Says now and then how many sizes were measured, chance's and those that shrink alike too."""
+
+    def __init__(self):
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        if (now := time.monotonic()) - self._last >= SECONDS_BETWEEN:
+            self._last = now
+            print(f"measured  {count} sizes in {now - self._start:.0f} s", flush=True)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a search ends with: all points, the front, and the sizes that all shrink alike."""
+
+    points: list[tried.Point]
+    best: list[tried.Point]
+    uniform: list[tried.Point]
+
+    def beaten(self, costs: tuple[str, ...] = tried.COSTS) -> list[tried.Point]:
+        return [point for point in self.uniform if any(other.dominates(point, costs) for other in self.best)]
+
+
+def findings(trials: tried.Trials, points: list[tried.Point]) -> Findings:
+    """With the latency of the front and of the sizes that shrink alike measured once more, by more turns."""
+    uniform = [trials.timed_again(trials(sizes)) for sizes in tried.uniform(trials.space)]
+    best: list[tried.Point] = []
+    while (now := tried.front([trials.found[point.sizes] for point in points])) != best:
+        best = now
+        for point in best:  # of which some may then be none of the front
+            trials.timed_again(point)
+    return Findings([trials.found[point.sizes] for point in points], best, uniform)
+
+
+def tell(trials: tried.Trials, found: Findings, budget: int) -> None:
+    """The front, and what other ways to choose would have found."""
+    space, points = trials.space, found.points
     print(
         f"tried  {len(points)} of {len(space.all())} sizes; none is better in loss, parameters and latency than these:"
     )
-    print("\n".join(tried.rows(best)))
-    uniform = [trials(sizes) for sizes in tried.uniform(space)]
-    beaten = [point for point in uniform if any(p.dominates(point) for p in best)]
-    print(f"\nall dimensions alike: {len(beaten)} of {len(uniform)} are dominated")
-    print("\n".join(tried.rows(uniform)))
+    print("\n".join(tried.rows(found.best)))
+    counts = [len(found.beaten(costs)) for costs in (("nats", "parameters"), ("nats", "latency"), tried.COSTS)]
+    print(
+        f"\nall dimensions alike: of {len(found.uniform)} another is better in loss and parameters than {counts[0]}, "
+        f"in loss and latency than {counts[1]}, in all three than {counts[2]}"
+    )
+    print("\n".join(tried.rows(found.uniform)))
     drawn = [trials(sizes) for sizes in tried.at_random(space, min(budget, len(points)), seed=1)]
     worst = max(p.nats for p in [*points, *drawn]), max(p.latency for p in [*points, *drawn])
     volumes = [tried.hypervolume(some, worst) for some in (points, drawn)]
     if volumes[0]:
         print(f"\nas many at random: {volumes[1] / volumes[0]:.3f} of the volume under the front of loss and latency")
-    tried.save(points, folder / "points.json")
-    tried.save(uniform, folder / "uniform.json")
-    return uniform
 
 
 def write_points(trials: tried.Trials, points: list[tried.Point], folder: Path) -> dict[tried.Point, Path]:
