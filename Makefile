@@ -48,7 +48,7 @@ bench: setup ## speed beside the peers, on a quiet machine; writes docs/benchmar
 bench-gpu: setup ## the same at 124M and 1B on a CUDA device
 	$(BIN)/python benchmarks/run.py --gpu
 
-atlas: setup ## optimizers, schedules and regularization beside each other (40 minutes); into docs/benchmarks.md
+atlas: setup ## optimizers, schedules and regularization beside each other (75 minutes); into docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py --only atlas --keep runs/atlas --page docs/benchmarks.md
 
 tournament: setup ## LSTM, GPT-2, a modern decoder, BERT and T5 beside each other (an hour); into docs/benchmarks.md

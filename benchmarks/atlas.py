@@ -1,7 +1,7 @@
 """What helps, by how much, and where it stops helping: optimizers, schedules and regularization on one fixed task.
 
 Run:
-    python benchmarks/run.py --only atlas --keep runs/atlas --page docs/benchmarks.md      40 minutes on 2 cores
+    python benchmarks/run.py --only atlas --keep runs/atlas --page docs/benchmarks.md      75 minutes on 2 cores
 
 Each row has the same budget: its own rate, or strength, is tuned on one seed by as many runs as any other's, then three
 seeds are run with the best one.
@@ -28,7 +28,8 @@ TASK = {
     "samples.max_new_tokens": 0,
     "data.max_val_rows": 512,
 }
-COSINE = {"model.schedule": "Cosine", "model.schedule.warmup_fraction": 0.05}
+WARM = {"model.schedule.warmup_fraction": 0.05}
+COSINE = {"model.schedule": "Cosine", **WARM}
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Rates that are tried, times the usual one."""
 TORCH, MORE = "torch.optim", "pytorch_optimizer"
@@ -68,6 +69,7 @@ def tables(keep: Path | None) -> Iterator[Table]:
         yield optimizers(runs)
         yield schedules(runs)
         yield regularization(runs)
+        yield crossed(runs)
 
 
 def tuned(runs: Runs, name: str, flags: dict, tried: str, values: list[float]) -> tuple[float, list[dict]]:
@@ -95,8 +97,7 @@ def optimizers(runs: Runs) -> Table:
 
 def schedules(runs: Runs) -> Table:
     adamw, rate = OPTIMIZERS["AdamW"]
-    warm = {"model.schedule.warmup_fraction": 0.05}
-    contenders = {name: (adamw | flags | warm, rate) for name, flags in reversed(SCHEDULES.items())}
+    contenders = {name: (adamw | flags | WARM, rate) for name, flags in reversed(SCHEDULES.items())}
     return rates(runs, "schedule", contenders, "AdamW, 5 % warm-up")
 
 
@@ -136,6 +137,28 @@ def regularization(runs: Runs) -> Table:
         ["", "strength", "nats a token at the best of ten validations (early stopping)", "at the last"],
         rows,
         "The same model on a twentieth of the text, 600 steps, about ten epochs; AdamW, cosine; three strengths each.",
+    )
+
+
+def crossed(runs: Runs) -> Table:
+    """Each optimizer, at the rate that is its best with Cosine, with each schedule."""
+    rows = []
+    for name, (flags, usual) in reversed(OPTIMIZERS.items()):
+        values = [usual * factor for factor in FACTORS]
+        rate, _ = tuned(runs, f"optimizer-{slug(name)}", TASK | COSINE | flags, "model.optimizer.lr", values)
+        row = [name]
+        for schedule, of_schedule in SCHEDULES.items():
+            settings = TASK | flags | of_schedule | WARM | {"model.optimizer.lr": rate}
+            where = f"crossed/{slug(name)}-{slug(schedule)}"
+            found = runs.done([run(f"{where}-{s}", settings | {"seed_everything": s, "data.seed": s}) for s in SEEDS])
+            row.append(spread([summary["val_loss"] for summary in found.values()], 3))
+        rows.append(row)
+    return Table(
+        "The atlas: optimizers with schedules",
+        "python benchmarks/run.py --only atlas",
+        ["nats a token, three seeds", *SCHEDULES],
+        rows,
+        f"{text_of_task()} Each optimizer at the rate that is its best with Cosine.",
     )
 
 

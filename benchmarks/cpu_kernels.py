@@ -90,7 +90,7 @@ def tables(rounds: int) -> list[Table]:
     lengths = (64, 128, 256, 512, 1024)
     found = {seq_len: milliseconds(attention_works(seq_len), rounds) for seq_len in lengths}
     attention = Table(
-        f"Causal attention, {TOKENS:,} tokens of {HEADS} heads × {HEAD_SIZE}{about}",
+        f"Causal attention, {TOKENS:,} tokens of {HEADS} heads of {HEAD_SIZE}{about}",
         command,
         ["tokens in a row", *(f"{name} (ms)" for name in found[64]), "SDPA bf16 / ours", "SDPA float32 / ours"],
         [
@@ -100,9 +100,11 @@ def tables(rounds: int) -> list[Table]:
         ],
     )
     times = milliseconds(norm_works(HEADS * HEAD_SIZE), rounds)
-    norm = of_ours(f"RMSNorm, {TOKENS:,} tokens × {HEADS * HEAD_SIZE}{about}", command, times)
+    norm = of_ours(f"RMSNorm, {TOKENS:,} tokens of {HEADS * HEAD_SIZE}{about}", command, times)
     times = milliseconds(dropped_works(DROPPED_LENGTH), rounds)
-    title = f"Attention with dropout, {TOKENS:,} tokens in rows of {DROPPED_LENGTH}, {HEADS} heads × {HEAD_SIZE}{about}"
+    title = (
+        f"Attention with dropout, {TOKENS:,} tokens in rows of {DROPPED_LENGTH}, {HEADS} heads of {HEAD_SIZE}{about}"
+    )
     return [attention, norm, of_ours(title, command, times)]
 
 

@@ -81,7 +81,7 @@ def tables(threads: int, rounds: int, turn_seconds: float) -> list[Table]:
     ]
     return [
         Table(
-            f"A step of distillation, {STUDENT.batch_size} × {STUDENT.seq_len} tokens, {threads} threads",
+            f"A step of distillation, {STUDENT.batch_size} rows of {STUDENT.seq_len} tokens, {threads} threads",
             "python benchmarks/run.py --only distillation",
             ["", "ms a step", "of without"],
             rows,

@@ -119,7 +119,7 @@ def tables(repeats: int, threads: int, shape: Shape = FULL) -> list[Table]:
     ]
     return [
         Table(
-            f"Two heads and KL, {shape.tokens:,} tokens × {shape.vocabulary:,} words × {shape.width} wide, bf16",
+            f"Two heads and KL, {shape.tokens:,} tokens, {shape.vocabulary:,} words, {shape.width} wide, bf16",
             "python benchmarks/run.py --only distillation_loss",
             ["", "extra peak MiB", "of the full path", "CPU seconds", "nats per token"],
             rows,

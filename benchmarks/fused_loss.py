@@ -91,7 +91,7 @@ def tables(repeats: int, threads: int, shape: Shape = FULL) -> list[Table]:
         Goal("fused loss: CPU time of the plain path's", mine["seconds"] / base["seconds"], at_most=1.0),
         Goal("fused loss: error in nats per token, bf16 products", abs(mine["loss"] - truth), at_most=1e-3),
     ]
-    title = f"Head and loss, {shape.tokens:,} tokens × {shape.vocabulary:,} words × {shape.width} wide, bf16"
+    title = f"Head and loss, {shape.tokens:,} tokens, {shape.vocabulary:,} words, {shape.width} wide, bf16"
     columns = ["", "extra peak MiB", "of plain", "CPU seconds", "nats per token", "error"]
     notes = f"Forward and backward, {threads} threads. In float64 the loss is {truth:.5f} nats per token."
     return [Table(title, "python benchmarks/run.py --only fused_loss", columns, rows, notes, goals)]

@@ -7,7 +7,8 @@ Run:
     python benchmarks/run.py --only tasks --page docs/benchmarks.md           fine-tuning on real data, an hour
     python benchmarks/run.py --only teaching --page docs/benchmarks.md        distillation, three seeds, two hours
     python benchmarks/run.py --only compressing --keep runs/compressing --page docs/benchmarks.md     1.5 hours
-    python benchmarks/run.py --only atlas --keep runs/atlas --page docs/benchmarks.md                 40 minutes
+    python benchmarks/run.py --only atlas --keep runs/atlas --page docs/benchmarks.md                 75 minutes
+    python benchmarks/run.py --only named_runs --keep runs/named --page docs/benchmarks.md            40 minutes
     python benchmarks/run.py --gpu                                on a CUDA device; writes docs/benchmarks_gpu.md
 """
 
@@ -32,6 +33,7 @@ import fused_loss
 import gpu
 import ladder
 import layer
+import named_runs
 import peer_distillation
 import planned
 import startup
@@ -58,7 +60,7 @@ PARTS = (
     "planned",
     "startup",
 )
-LONG = ("tasks", "teaching", "compressing", "peer_distillation", "atlas", "tournament", "ladder")
+LONG = ("tasks", "teaching", "compressing", "peer_distillation", "atlas", "tournament", "ladder", "named_runs")
 """Parts that run only when they are named."""
 
 
@@ -138,6 +140,8 @@ def measured(options: argparse.Namespace) -> Iterator[list[Table]]:
         yield from ([table] for table in tournament.tables(options.keep))
     if "ladder" in wanted:
         yield from ([table] for table in ladder.tables(options.keep))
+    if "named_runs" in wanted:
+        yield from ([table] for table in named_runs.tables(options.keep, time_to_loss.find_text(options.text)))
     if "peer_distillation" in wanted:
         yield peer_distillation.tables(options.trl_python, cores, options.rounds, options.turn_seconds)
     if "planned" in wanted:

@@ -22,6 +22,7 @@ import finetuning
 import fused_loss
 import gpu
 import ladder
+import named_runs
 import nanogpt_cpu
 import precision
 import raw_row
@@ -278,6 +279,37 @@ def test_a_run_is_a_command_of_its_recipe(tmp_path):
     words = side_by_side.run("one", {"trainer.max_steps": 2}, "distill").command(tmp_path)
     assert words[1].endswith("recipes/distill.py") and words[2:4] == ["fit", "--trainer.max_steps=2"]
     assert f"--trainer.default_root_dir={tmp_path}" in words and "--ckpt_path=last" in words
+
+
+def test_a_law_has_the_interval_of_its_seeds():
+    """The mean of seeds drawn anew moves the law; without a spread there is nothing that moves it."""
+    widths = {width: 10.0**place for place, width in enumerate((*ladder.WIDTHS, ladder.NEXT), 12)}
+
+    def runs(spread: float) -> dict[int, list[dict]]:
+        losses = {width: 1.8 + 400 * compute**-0.2 for width, compute in widths.items()}
+        planned = {width: {"planned": {"flops_per_token": compute}, "tokens": 1} for width, compute in widths.items()}
+        return {w: [planned[w] | {"val_loss": losses[w] + seed * spread} for seed in (-1, 0, 1)] for w in widths}
+
+    same, other = (ladder.laws(runs(spread)) for spread in (0.0, 0.02))
+    goal = widths[ladder.NEXT]
+    assert same[0].loss(goal) == pytest.approx(1.8 + 400 * goal**-0.2, abs=0.02)
+    assert np.ptp([law.loss(goal) for law in same[1]]) == 0 < np.ptp([law.loss(goal) for law in other[1]])
+
+
+def test_the_results_of_the_recipes_stand_in_the_readme(tmp_path):
+    readme = ["| run | what | time |", "| `distill` | old | 1 s |", "| `distill_other` | kept | 2 s |", "after"]
+    (tmp_path / "README.md").write_text("\n".join(readme) + "\n")
+    named_runs.write_readme(tmp_path / "README.md", [["`distill`", "new", "3 s"]])
+    assert (tmp_path / "README.md").read_text().splitlines() == [readme[0], "| `distill` | new | 3 s |", *readme[2:]]
+    names = [named_runs.row(one, [{"hardware": "AMD, 2 threads", "process_seconds": 1}])[0] for one in WITHOUT_RESULTS]
+    assert all(line in (ROOT / "README.md").read_text() for line in (f"| {name} | " for name in names))
+    assert [named_runs.length(s) for s in (9.4, 54, 58, 107, 118, 1250)] == [
+        *("9 s", "54 s", "1 min", "1 min 50", "2 min", "20 min")
+    ]
+    assert named_runs.range_of(1.461, 1.487) == "1.46 to 1.49" and named_runs.range_of(1.461, 1.462) == "1.46"
+
+
+WITHOUT_RESULTS = [replace(one, words=lambda runs: "") for one in named_runs.NAMED]
 
 
 SHOWN = [

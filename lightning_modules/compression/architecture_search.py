@@ -19,7 +19,7 @@ from lightning_modules.compression.calibration import Batch
 from lightning_modules.compression.sizes import Sizes
 from lightning_modules.compression.super_network import Part, Space
 
-TURNS, TURNS_AGAIN = 7, 60
+TURNS, TURNS_AGAIN = 7, 30
 """Of a first look at the latency, and of what is told."""
 COSTS = ("nats", "parameters", "latency")
 UNIFORM = 5

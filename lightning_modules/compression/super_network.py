@@ -33,8 +33,8 @@ from lightning_modules.student import OF_FIRST, heads_of, leading_part
 from lightning_modules.taught import Taught
 from lightning_modules.token_loss import TokenLoss
 
-REMEMBERED = 64
-"""Parts that are kept for later steps."""
+REMEMBERED = 8
+"""Parts that are kept for later steps, those used last; the smallest is in each."""
 SPACE = "space.json"
 """Beside an ordered model: which sizes there are."""
 
@@ -193,10 +193,9 @@ class SuperNetwork(Taught):
     def part(self, sizes: Sizes) -> "TrainedPart":
         if hardware.is_planning():  # whose tensors are none
             return TrainedPart(self, sizes)
-        if sizes not in self._parts:
-            if len(self._parts) >= REMEMBERED:
-                self._parts.pop(next(iter(self._parts)))
-            self._parts[sizes] = TrainedPart(self, sizes)
+        self._parts[sizes] = self._parts.pop(sizes, None) or TrainedPart(self, sizes)
+        while len(self._parts) > REMEMBERED:
+            self._parts.pop(next(iter(self._parts)))
         return self._parts[sizes]
 
     def training_loss(self, batch: dict[str, Tensor], divisor: float) -> tuple[Tensor, ...]:
