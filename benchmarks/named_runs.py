@@ -180,7 +180,7 @@ def row(one: Named, runs: list[dict]) -> list[str]:
 def length(seconds: float) -> str:
     """9 s; 1 min 50; 20 min."""
     tens = round(seconds / 10) * 10
-    if seconds < 60 or tens < 60:
+    if tens < 60:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(tens, 60)
     return f"{minutes} min" if not rest or minutes >= 10 else f"{minutes} min {rest:02d}"

@@ -98,8 +98,9 @@ def test_there_are_commands():
 
 
 def marked(command: str) -> object:
-    """Of verify there are tests of its own."""
-    return pytest.param(command, marks=pytest.mark.slow, id=command) if command.endswith(" verify") else command
+    """Of verify and of rounds there are tests of their own."""
+    slow = command.endswith(" verify") or "--rounds" in command
+    return pytest.param(command, marks=pytest.mark.slow, id=command) if slow else command
 
 
 @pytest.mark.parametrize("command", map(marked, commands()))
@@ -135,6 +136,9 @@ def test_a_command_runs_as_it_is_written(command, place, monkeypatch, capsys):
         arguments += [] if "--output" in arguments else ["--output", "view.json"]
     elif script == "recipes/compare.py":
         arguments = small_comparison(arguments, place)
+    elif script == "recipes/export.py":
+        arguments[arguments.index("--model") + 1] = "run/model"
+        arguments.append("--overwrite")
     else:  # whatever model the command names
         arguments[arguments.index("--model") + 1] = "runs/tuned" if "tuned" in arguments else "run/model"
     monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -177,11 +181,14 @@ def small_compression(arguments: list[str], place: Path) -> list[str]:
         read = ["--data.path", "texts", "--data.val_fraction", "0.3", "--rows", "2"]
         compress.main(["prune", "--model", "run", "--layers", "1", "--output", str(pruned), *read])
     arguments = [re.sub("^my_texts/$", "texts", re.sub("^runs/mine", "run", argument)) for argument in arguments]
-    other = "run" if verb != "report" else str(copy_of_run(place))
     smaller = {"0.67": "0.85", "0.5": "0.85"}  # the model is too small for less
-    smaller |= {"run/model-pruned": "pruned", "run/model-int4": other}
+    smaller |= {"4": "2", "1024": "16", "3000": "300"} if verb == "prune" else {}
+    smaller |= {"run/model-pruned": "pruned", "run/model-int4": "run"}
     smaller |= {"runs/taught": "pruned"} if "--trainer.default_root_dir" not in arguments else {}
     arguments = [smaller.get(argument, argument) for argument in arguments]
+    if verb == "report":
+        flags = [place for place, word in enumerate(arguments) if word.startswith("--") and word != "--model"]
+        arguments = ["report", "--model", "run", str(copy_of_run(place)), *arguments[min(flags, default=999) :]]
     given = {a.removeprefix("--") for a in arguments if a.startswith("--")}
     few = {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "data.seq_len": 32, "data.batch_size": 4}
     toy = {"data.path": "texts", "data.val_fraction": 0.3}
