@@ -315,6 +315,11 @@ WITHOUT_RESULTS = [replace(one, words=lambda runs: "") for one in named_runs.NAM
 SHOWN = [
     *(atlas.TASK | atlas.COSINE | flags for flags, _ in atlas.OPTIMIZERS.values()),
     *(atlas.TASK | atlas.ADAMW | atlas.SCHEDULES[name] for name in ("steps, a half each 75", "exponential")),
+    atlas.TASK
+    | atlas.SMALL_TEXT
+    | atlas.ADAMW
+    | atlas.COSINE
+    | {name: v[0] for _, name, v in atlas.STRENGTHS.values() if v},
     *(flags | tournament.COMMON | tournament.TIME for flags in tournament.CONTENDERS.values()),
     ladder.flags_of(64, 0),
 ]
