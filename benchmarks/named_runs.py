@@ -88,7 +88,7 @@ NAMED = (
     Named("pretrain (default)", "decoder, 3.3 M, standard library", "pretrain.py fit", of_text, (0, 1, 2)),
     Named(
         "pretrain_shakespeare_char",
-        "decoder, 0.8 M, tinyshakespeare by characters",
+        "decoder, 0.8 M, tinyshakespeare by characters (`--data.path input.txt`)",
         "pretrain.py fit --config recipes/pretrain_shakespeare_char.yaml --data.path {shakespeare}",
         of_characters,
         (0, 1, 2),

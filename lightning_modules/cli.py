@@ -323,7 +323,9 @@ class RecipeCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         if self.subcommand != "fit" and not self.config[self.subcommand].get("ckpt_path", "none needed"):
-            print("no --ckpt_path given: these are the numbers of freshly initialised weights", file=sys.stderr)
+            origin = getattr(self.model, "origin", None)
+            of = "freshly initialised weights" if origin is None else f"{origin} as it is"
+            print(f"no --ckpt_path given: these are the numbers of {of}", file=sys.stderr)
 
 
 def leave_page(folder: Path) -> None:

@@ -5,7 +5,7 @@ Run:
     python recipes/compare.py runs/a runs/b gpt2 --data.path held_out/ --contrasts crows_pairs_anonymized.csv
     python recipes/compare.py runs/a runs/b --x parameters --y bits_per_byte --output runs/comparison
 
-The first is what the others are measured against, on the same documents: an interval that holds 0 says no worse.
+The first is what the others are measured against, on the same documents: an interval that holds 0 tells no difference.
 """
 
 from pathlib import Path
@@ -49,7 +49,7 @@ def compare(
     from lightning_modules.evaluation.judging import Wanted, judge, validated
 
     if energy and not meters.is_installed():
-        raise ValueError("--energy needs codecarbon, which is not installed: pip install '.[energy]'")
+        raise ValueError("--energy needs codecarbon, which is not installed: pip install -e '.[energy]'")
     pairs = read_contrasts(contrasts, max_contrasts) if contrasts else []
     found = {name: open_any(name, hub.is_within_reach) for name in models}
     scored = any(one.scores_text for one in found.values())

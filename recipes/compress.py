@@ -44,7 +44,7 @@ def require_package(name: str) -> None:
     from importlib.util import find_spec
 
     if find_spec(name) is None:
-        raise ValueError(f"this needs {name}, which is not installed: pip install '.[compress,export]'")
+        raise ValueError(f"this needs {name}, which is not installed: pip install -e '.[compress,export]'")
 
 
 def quantize(

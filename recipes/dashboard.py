@@ -5,7 +5,7 @@ Run:
     python recipes/dashboard.py finetune --project mine --entity my-team --report true
     python recipes/dashboard.py distill --output distill.json
 
-It wants `pip install '.[dashboard]'`, and `wandb login`; with --output it writes what it would send, and needs neither.
+It wants `pip install -e '.[dashboard]'`, and `wandb login`; with --output it writes what it would send, and needs neither.
 """
 
 import json
@@ -54,7 +54,7 @@ def require_workspaces() -> None:
     from importlib.util import find_spec
 
     if find_spec("wandb_workspaces") is None:
-        raise ValueError("this needs wandb-workspaces, which is not installed: pip install '.[dashboard]'")
+        raise ValueError("this needs wandb-workspaces, which is not installed: pip install -e '.[dashboard]'")
 
 
 def whoever_is_logged_in() -> str:

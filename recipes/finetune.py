@@ -2,7 +2,7 @@
 
 Run:
     python recipes/finetune.py fit
-    python recipes/finetune.py fit --data.path reviews.csv --model.from runs/mine
+    python recipes/finetune.py fit --data.path reviews.csv --model.from runs/encoder
     python recipes/finetune.py fit --config recipes/finetune_sentiment.yaml --model.adapter.rank 16
     python recipes/finetune.py fit --config recipes/finetune_text_generation.yaml
     python recipes/finetune.py fit --config recipes/finetune_question_answering.yaml

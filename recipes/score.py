@@ -235,7 +235,7 @@ def print_results(loaded: "LoadedModel", lm_eval: Harness, as_json: bool) -> Non
     from importlib.util import find_spec
 
     if find_spec("lm_eval") is None:
-        raise ValueError("--task lm_eval needs lm-eval, which is not installed: pip install '.[score]'")
+        raise ValueError("--task lm_eval needs lm-eval, which is not installed: pip install -e '.[score]'")
     from lightning_modules.evaluation.harness import lines, run_tasks
 
     tasks = [lm_eval.tasks] if isinstance(lm_eval.tasks, str) else lm_eval.tasks

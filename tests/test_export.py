@@ -384,8 +384,8 @@ def test_what_is_there_is_replaced_only_when_asked(capsys, folder, tmp_path: Pat
 def test_what_is_not_installed_is_named_with_its_extra(capsys, folder, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     flags = ["--model", folder("lstm"), "--output", tmp_path / "out", "--format"]
-    assert "needs onnx, which is not installed: pip install '.[export]'" in refused(capsys, *flags, "onnx-int8")
-    assert "needs executorch, which is not installed: pip install '.[pte]'" in refused(capsys, *flags, "pte")
+    assert "needs onnx, which is not installed: pip install -e '.[export]'" in refused(capsys, *flags, "onnx-int8")
+    assert "needs executorch, which is not installed: pip install -e '.[pte]'" in refused(capsys, *flags, "pte")
 
 
 def test_a_wrong_flag_is_named(capsys, folder, tmp_path: Path):

@@ -480,7 +480,7 @@ def test_a_package_that_is_not_there_is_said_with_what_brings_it(folder, capsys,
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "compressed_tensors" else found(name))
     said = failure(["quantize", "--model", str(folder)], capsys)
-    assert "needs compressed_tensors, which is not installed: pip install '.[compress" in said
+    assert "needs compressed_tensors, which is not installed: pip install -e '.[compress" in said
 
 
 def test_few_log_probabilities_are_kept_at_a_time(monkeypatch):

@@ -59,7 +59,8 @@ def place(tmp_path_factory, corpus):
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     tokenizer = bpe_tokenizer(lines, 2000, 300, "masked")
     for part in (BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **small)), tokenizer):
-        part.save_pretrained(folder / "runs" / "mine" / "model")
+        part.save_pretrained(folder / "runs" / "encoder" / "model")
+    shutil.copytree(folder / "run", folder / "runs" / "mine")
     chats = [{"question": f"Is {i} even?", "answer": "no" if i % 2 else "yes"} for i in range(60)]
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     (folder / "new.csv").write_text("review\nfine film\ndull film\n")
@@ -68,7 +69,7 @@ def place(tmp_path_factory, corpus):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.chdir(folder)
-        tuned = ["--data.path=reviews.csv", "--model.from=runs/mine", "--trainer.default_root_dir=runs/tuned"]
+        tuned = ["--data.path=reviews.csv", "--model.from=runs/encoder", "--trainer.default_root_dir=runs/tuned"]
         finetune("fit", *tuned, "--trainer.max_steps=2", "--trainer.val_check_interval=2")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))

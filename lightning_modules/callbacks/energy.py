@@ -19,7 +19,7 @@ class Energy(Callback):
 
     def __init__(self, measure: bool | None = None, country: str | None = None):
         if measure and not energy.is_installed():
-            raise ValueError("--energy.measure needs codecarbon, which is not installed: pip install '.[energy]'")
+            raise ValueError("--energy.measure needs codecarbon, which is not installed: pip install -e '.[energy]'")
         self.measure = energy.is_wanted() if measure is None else measure
         self.country = country
         self.meter: energy.Meter | None = None
@@ -73,7 +73,7 @@ class Energy(Callback):
 
     def words(self, tokens: int) -> str:
         if not self.measure:
-            return "not measured; pip install '.[energy]'"
+            return "not measured; pip install -e '.[energy]'"
         if self.drawn is None or not self.drawn.joules:
             return "could not be measured"
         drawn = f"{'about ' if self.drawn.is_estimate else ''}{in_words(self.drawn.joules)}"

@@ -56,7 +56,7 @@ def require_packages(name: str) -> None:
             found = None
         if found is None:
             extra = FORMATS[name].extra
-            raise ValueError(f"--format {name} needs {package}, which is not installed: pip install '.[{extra}]'")
+            raise ValueError(f"--format {name} needs {package}, which is not installed: pip install -e '.[{extra}]'")
 
 
 def beside(folder: str, name: str, rounded_to: str | None) -> Path:
