@@ -5,8 +5,8 @@ Run:
     python recipes/compress.py prune --model runs/mine --parameters 0.67
     python recipes/compress.py prune --model runs/mine --method wanda --sparsity 0.5
     python recipes/compress.py train --model runs/mine/model-pruned
-    python recipes/compress.py train --model runs/mine --qat int4 --trainer.max_steps 500
-    python recipes/compress.py search --model runs/mine --target latency=0.5
+    python recipes/compress.py train --model runs/mine --qat int2 --trainer.max_steps 500
+    python recipes/compress.py search --model runs/mine --target latency=0.5 --trainer.max_steps 500
     python recipes/compress.py run --model runs/mine
     python recipes/compress.py probe
     python recipes/compress.py report --model runs/mine runs/mine/model-int4 --data.path my_texts/

@@ -117,7 +117,7 @@ def test_a_command_runs_as_it_is_written(command, place, tmp_path, monkeypatch, 
     if arguments[0] == "replay":
         arguments = ["replay", "--run", "run", "--step", "2"]
     elif script == "recipes/prepare.py":
-        arguments = [re.sub("web/.*|my_texts/", "texts", argument) for argument in arguments]
+        arguments = [re.sub("^(web|code)/.*|^my_texts/", "texts", argument) for argument in arguments]
         arguments.append("--data.tokenizer=bytes")
         shutil.rmtree(arguments[arguments.index("--output") + 1], ignore_errors=True)
     elif script == "recipes/doctor.py":
