@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-slow test-gpu torture mutants lint bench bench-gpu atlas tournament ladder reference docs lock golden clean
+.PHONY: help setup pretrain test test-slow test-gpu torture mutants lint bench bench-gpu atlas tournament ladder results reference docs lock golden clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ atlas: setup ## optimizers, schedules and regularization beside each other (75 m
 
 tournament: setup ## LSTM, GPT-2, a modern decoder, BERT and T5 beside each other (an hour); into docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py --only tournament --keep runs/tournament --page docs/benchmarks.md
+
+results: setup ## the recipes as they are (40 minutes); into docs/benchmarks.md and README.md
+	$(BIN)/python benchmarks/run.py --only named_runs --keep runs/named --page docs/benchmarks.md
 
 ladder: setup ## four sizes, the law that they follow, and the next one foretold (50 minutes); into docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py --only ladder --keep runs/ladder --page docs/benchmarks.md
