@@ -123,6 +123,8 @@ def explain(message: str, flags: list[str]) -> str:
         flag = unknown[1] or f"--{unknown[2] or unknown[3]}"
         near = difflib.get_close_matches(flag, flags, n=1)
         typed = _as_typed(flag)
+        if typed.startswith("--trainer.callbacks."):
+            return f"there is no {typed}: such a flag is for the last callback of the list; change others in the YAML"
         prefix = typed.removesuffix(flag[2:])
         return f"there is no {typed}; " + (f"did you mean {prefix}{near[0][2:]}?" if near else "--help lists the flags")
     key = re.search(r'Parser key "(.+?)": (.*)', message)
