@@ -51,7 +51,7 @@ bench-gpu: setup ## the same at 124M and 1B on a CUDA device
 atlas: setup ## optimizers, schedules and regularization beside each other (75 minutes); into docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py --only atlas --keep runs/atlas --page docs/benchmarks.md
 
-tournament: setup ## LSTM, GPT-2, a modern decoder, BERT and T5 beside each other (an hour); into docs/benchmarks.md
+tournament: setup ## LSTM, GPT-2, a modern decoder, BERT and T5 beside each other (75 minutes); into docs/benchmarks.md
 	$(BIN)/python benchmarks/run.py --only tournament --keep runs/tournament --page docs/benchmarks.md
 
 results: setup ## the recipes as they are (40 minutes); into docs/benchmarks.md and README.md

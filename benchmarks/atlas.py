@@ -3,8 +3,8 @@
 Run:
     python benchmarks/run.py --only atlas --keep runs/atlas --page docs/benchmarks.md      75 minutes on 2 cores
 
-Each row has the same budget: its own rate, or strength, is tuned on one seed by as many runs as any other's, and by more
-where the best is at an end; three other seeds are told.
+Each row has the same budget: its own rate, or strength, is tuned on one seed by as many runs as any other's, and by
+more where the best is at an end; three other seeds are told.
 """
 
 import tempfile
@@ -59,8 +59,8 @@ SMALL_TEXT = {
     "trainer.val_check_interval": 60,
     "trainer.callbacks": "[]",
 }
-"""A twentieth of the text, read six to seven times, so that there is something to regularize against. Nothing ends a run
-early; its summary has the best validation all the same."""
+"""A twentieth of the text, read six to seven times, so that there is something to regularize against. Nothing ends a
+run early; its summary has the best validation all the same."""
 ADAMW = {"model.optimizer": f"{TORCH}.AdamW", RATE: 4e-3, "model.optimizer.weight_decay": 0.0}
 STRENGTHS = {
     "L1": ("model.l1", (1e-6, 1e-5, 1e-4)),

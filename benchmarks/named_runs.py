@@ -60,7 +60,8 @@ def of_score(name: str, key: str) -> Callable[[list[dict]], str]:
 
 
 def of_student(runs: list[dict]) -> str:
-    share = range_of(*(run["gap_recovered"] for run in runs), digits=0)
+    shares = [run["gap_recovered"] for run in runs]
+    share = "none" if None in shares else range_of(*shares, digits=0)
     bits = {name: [run["comparison"][name]["bits_per_byte"] for run in runs] for name in ("student", "without teacher")}
     return (
         f"{share} % of the gap; {range_of(*bits['student'])} bits per byte, "
@@ -102,7 +103,7 @@ NAMED = (
     Named(
         "finetune_sentiment",
         "functions to one of six packages, 1 M, by `finetune.py`",
-        "finetune.py fit --config recipes/finetune_sentiment.yaml",
+        "finetune.py fit --config recipes/finetune_sentiment.yaml --model.from new",
         of_labels,
     ),
     Named(
@@ -114,7 +115,7 @@ NAMED = (
     Named(
         "finetune_question_answering",
         "default values in signatures, a third without an answer, 1 M",
-        "finetune.py fit --config recipes/finetune_question_answering.yaml",
+        "finetune.py fit --config recipes/finetune_question_answering.yaml --model.from new",
         of_spans,
     ),
     Named(
@@ -145,9 +146,11 @@ def tables(keep: Path | None, text: Path | None) -> Iterator[Table]:
         names = {"pretrained": str(folder / "pretrain-0"), "shakespeare": str(text)}
         found = {one: [done(one, seed, folder, names) for seed in one.seeds] for one in here}
     rows = [row(one, summaries) for one, summaries in found.items()]
-    write_readme(ROOT / "README.md", rows)
-    note = "The whole process, of the first seed; several figures are those of three seeds."
+    note = (
+        "Time is that of the whole process, of the first seed; two figures are the least and the most of three seeds."
+    )
     yield Table("The recipes as they are", COMMAND, COLUMNS, rows, note)
+    write_readme(ROOT / "README.md", rows)
 
 
 def done(one: Named, seed: int, folder: Path, names: dict[str, str]) -> dict:
@@ -159,6 +162,7 @@ def done(one: Named, seed: int, folder: Path, names: dict[str, str]) -> dict:
         words = [sys.executable, f"recipes/{words[0]}", *words[1:], f"--trainer.default_root_dir={place}"]
         words += ["--ckpt_path=last", *([f"--seed_everything={seed}", f"--data.seed={seed}"] if seed else [])]
         print(shlex.join(words), file=sys.stderr, flush=True)
+        begun = (place / "checkpoints").exists()
         start = time.monotonic()
         with (folder / f"{place.name}.log").open("w") as log:
             code = subprocess.run(
@@ -166,7 +170,8 @@ def done(one: Named, seed: int, folder: Path, names: dict[str, str]) -> dict:
             ).returncode
         if code:
             raise RuntimeError(f"{one.name} ended with {code}; see {log.name}")
-        (place / "seconds.json").write_text(json.dumps(time.monotonic() - start))
+        seconds = None if begun else time.monotonic() - start  # of a run that went on nobody knows it
+        (place / "seconds.json").write_text(json.dumps(seconds))
     seconds = json.loads((place / "seconds.json").read_text())
     return json.loads((place / "summary.json").read_text()) | {"process_seconds": seconds}
 
@@ -177,8 +182,10 @@ def row(one: Named, runs: list[dict]) -> list[str]:
     return [title, one.what, hardware, length(runs[0]["process_seconds"]), one.words(runs)]
 
 
-def length(seconds: float) -> str:
+def length(seconds: float | None) -> str:
     """9 s; 1 min 50; 20 min."""
+    if seconds is None:
+        return ""
     tens = round(seconds / 10) * 10
     if tens < 60:
         return f"{seconds:.0f} s"

@@ -98,8 +98,8 @@ Written by `benchmarks/run.py`; do not edit.
 Machine: {machine}.
 Python {platform.python_version()}, {versions}.
 
-Figures are medians; in brackets the quartiles. Rows of one table were run in turns, a few steps each, so that a change
-in the machine's speed meets all of them."""
+Times are medians; in brackets the quartiles. Rows of one table that compares them were run in turns, a few steps each,
+so that a change in the machine's speed meets all of them. Behind ± is where 95 % of means of so many seeds lie."""
     if not (file.parent / "benchmarks_gpu.md").exists():
         head += """
 
