@@ -145,7 +145,7 @@ def table(found: dict[int, list[dict]], rates: dict[int, float]) -> Table:
         ["", "rate", "parameters", "tokens", "a parameter", "FLOPs", "nats a token, three seeds", "foretold"],
         rows,
         f"The default run's decoder on the standard library. Rates: tuned at {TUNED[0]} and {TUNED[1]} wide, a power "
-        f"law through both. L = {law.floor:.3f} + {law.scale:.3g} · C^-{law.power:.3f} of the four. Where 95 % lie by the "
+        f"law through both. L = {law.floor:.3f} + {law.scale:.3g} · C^-{law.power:.3f} of four. Where 95 % lie by the "
         f"scatter of seeds alone: in brackets; power {interval([one.power for one in drawn], 3)}, floor "
         f"{interval([one.floor for one in drawn], 2)}. The training text has 3.4 million tokens: the largest fitted "
         "size reads it one and a half times, the next one three times.",
