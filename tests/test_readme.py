@@ -86,6 +86,7 @@ def place(tmp_path_factory, corpus):
     for name in ("texts", "my_texts"):
         (folder / name).symlink_to(corpus)
     (folder / "recipes").symlink_to(ROOT / "recipes")
+    (folder / "README.md").write_text((ROOT / "README.md").read_text()[:500])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.chdir(folder)
