@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from page import Table
-from side_by_side import SEEDS, Run, Runs, mean, run, told, tuned
+from side_by_side import SEEDS, Run, Runs, best, curve, mean, run, told, tuned
 
 TASK = {
     "model.architecture.hidden_size": 128,
@@ -93,7 +93,7 @@ def seeds(runs: Runs, name: str, flags: dict) -> list[dict | None]:
     return runs.done([run(name, flags, seed) for seed in SEEDS])
 
 
-def best_rate(runs: Runs, name: str, flags: dict, usual: float) -> float:
+def by_rate(runs: Runs, name: str, flags: dict, usual: float) -> dict[float, float]:
     return tuned(partial(trial, name, flags, RATE), [usual * factor for factor in FACTORS], runs)
 
 
@@ -112,17 +112,18 @@ def rates(runs: Runs, kind: str, contenders: dict[str, tuple[dict, float]], comm
     """Each at its own best rate; the first is what the others are measured against."""
     rows, reference = [], None
     for name, (flags, usual) in contenders.items():
-        best = best_rate(runs, name, TASK | flags, usual)
-        found = seeds(runs, f"{name}, {best:g}", TASK | flags | {RATE: best})
-        rows.append([name, f"{best:g}", told(found), "" if reference is None else f"{mean(found) - reference:+.4f}"])
+        losses = by_rate(runs, name, TASK | flags, usual)
+        rate = best(losses)
+        found = seeds(runs, f"{name}, {rate:g}", TASK | flags | {RATE: rate})
+        more = "" if reference is None else f"{mean(found) - reference:+.4f}"
+        rows.append([name, f"{rate:g}", told(found), more, curve(losses)])
         reference = reference or mean(found)
     return Table(
         f"The atlas: {kind}",
         COMMAND,
-        ["", "rate", "nats a token, three seeds", "more than the first's"],
+        ["", "rate", "nats a token, three seeds", "more than the first's", "by rate, another seed"],
         rows,
-        f"{OF_TASK} {common} Of five rates, a factor of two apart, and more where the best was at an end, the best of "
-        "another seed.",
+        f"{OF_TASK} {common} Five rates, a factor of two apart, and more where the best is at an end.",
     )
 
 
@@ -130,17 +131,24 @@ def regularization(runs: Runs) -> Table:
     """By the best validation and by the last: early stopping is the difference."""
     plain, rows = TASK | SMALL_TEXT | ADAMW | COSINE, []
     for name, (tried, values) in {"nothing": ("", ()), **STRENGTHS}.items():
-        best = tuned(partial(trial, name, plain, tried), list(values), runs) if values else None
-        found = seeds(runs, f"{name}, {best}", plain if best is None else plain | {tried: best})
+        losses = tuned(partial(trial, name, plain, tried), list(values), runs) if values else {}
+        flags = {tried: best(losses)} if losses else {}
+        found = seeds(runs, f"{name}, {flags}", plain | flags)
         last = told(found, lambda summary: summary["val_loss_final"])
-        rows.append([name, "" if best is None else f"{best:g}", told(found), last])
+        rows.append([name, f"{best(losses):g}" if losses else "", told(found), last, curve(losses)])
     return Table(
         "The atlas: regularization",
         COMMAND,
-        ["", "strength", "nats a token at the best of ten validations (early stopping)", "at the last"],
+        [
+            "",
+            "strength",
+            "nats a token, best of ten validations (early stopping)",
+            "at the last",
+            "by strength, another seed",
+        ],
         rows,
-        "The same model on a twentieth of the text, 600 steps, six to seven epochs; AdamW, cosine. Of three strengths, "
-        "and more where the best was at an end, that of the best validation, on another seed.",
+        "The same model on a twentieth of the text, 600 steps, six to seven epochs; AdamW, cosine. Three "
+        "strengths, and more where the best is at an end, chosen by the best validation.",
     )
 
 
@@ -148,7 +156,7 @@ def crossed(runs: Runs) -> Table:
     """Each optimizer, at the rate that is its best with Cosine, with each schedule."""
     rows = []
     for name, (flags, usual) in OPTIMIZERS.items():
-        rate = best_rate(runs, name, TASK | COSINE | flags, usual)
+        rate = best(by_rate(runs, name, TASK | COSINE | flags, usual))
         settings = {key: TASK | of_schedule | WARM | flags | {RATE: rate} for key, of_schedule in SCHEDULES.items()}
         rows.append([name, *(told(seeds(runs, f"{name}, {key}", s), digits=3) for key, s in settings.items())])
     return Table(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from page import Goal, Table
-from side_by_side import SEEDS, Run, Runs, run, spread, tuned
+from side_by_side import SEEDS, Run, Runs, best, run, spread, tuned
 
 WIDTHS, NEXT = (64, 96, 128, 192), 256
 TUNED = (64, 128)
@@ -58,7 +58,7 @@ def trial(width: int, rate: float) -> Run:
 def tables(keep: Path | None) -> Iterator[Table]:
     with tempfile.TemporaryDirectory() as temporary:
         runs = Runs((keep or Path(temporary)).absolute(), threads=2)
-        low, high = ((width, tuned(partial(trial, width), list(RATES), runs)) for width in TUNED)
+        low, high = ((width, best(tuned(partial(trial, width), list(RATES), runs))) for width in TUNED)
         rates = {width: rate_between(low, high, width) for width in (*WIDTHS, NEXT)}
         found = {width: rung(runs, width, rate) for width, rate in rates.items()}
         yield table(found, rates)
@@ -83,12 +83,12 @@ def flops(summary: dict) -> float:
 
 def fitted(compute_N: np.ndarray, loss_N: np.ndarray) -> tuple[float, float, float]:
     """(E, A, α): for each of many E the line of log(L - E) by log C, of which the one with the least squares of L."""
-    best = (math.inf, 0.0, 0.0, 0.0)
+    least = (math.inf, 0.0, 0.0, 0.0)
     for floor in np.linspace(0, 0.999 * loss_N.min(), 400):
         slope, intercept = np.polyfit(np.log(compute_N), np.log(loss_N - floor), 1)
         error = float(np.square(floor + np.exp(intercept) * compute_N**slope - loss_N).sum())
-        best = min(best, (error, float(floor), float(np.exp(intercept)), float(-slope)))
-    return best[1:]
+        least = min(least, (error, float(floor), float(np.exp(intercept)), float(-slope)))
+    return least[1:]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from page import ROOT, Table
-from side_by_side import SEEDS, Run, Runs, run, told, tuned
+from side_by_side import SEEDS, Run, Runs, best, run, told, tuned
 from turns import environment
 
 THREADS = 2
@@ -96,7 +96,7 @@ def tables(keep: Path | None) -> Iterator[Table]:
     with tempfile.TemporaryDirectory() as temporary:
         runs = Runs((keep or Path(temporary)).absolute(), THREADS)
         text = held_out(runs.folder / "held_out.jsonl")
-        rates = {name: tuned(partial(contender, name, BYTES), list(RATES), runs) for name in CONTENDERS}
+        rates = {name: best(tuned(partial(contender, name, BYTES), list(RATES), runs)) for name in CONTENDERS}
         found = {name: seeds(runs, name, rates[name], BYTES) for name in CONTENDERS}
         yield table(found, text, rates, "bytes", f"{STEPS} steps of {ROWS} × {LENGTH} tokens of text.")
         in_time = {name: seeds(runs, name, rates[name], TIME) for name in CONTENDERS}

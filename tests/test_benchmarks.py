@@ -330,7 +330,12 @@ def test_what_is_best_at_an_end_is_looked_for_behind_it(best, found):
         def done(self, runs: list[float]) -> list[dict]:
             return [{"val_loss": abs(value - best)} for value in runs]
 
-    assert side_by_side.tuned(lambda value: value, [0.2, 0.4, 0.8], Fake()) == pytest.approx(found)
+    losses = side_by_side.tuned(lambda value: value, [0.2, 0.4, 0.8], Fake())
+    assert side_by_side.best(losses) == pytest.approx(found) and len(losses) <= 3 + side_by_side.FURTHER
+
+
+def test_what_was_tried_is_told_in_order():
+    assert side_by_side.curve({0.2: 4.114, 0.1: 4.159, 0.8: float("inf")}) == "0.1 4.16, 0.2 4.11, 0.8 diverged"
 
 
 def test_a_run_is_a_command_of_its_recipe(tmp_path):
