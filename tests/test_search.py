@@ -190,7 +190,7 @@ def test_a_search_is_better_than_chance_and_than_shrinking_all_alike():
     drawn = [by_chance(sizes) for sizes in tried.at_random(trials.space, 200, seed=1)]
     assert len(found) == len(drawn) == 200
     volumes = [tried.hypervolume(points, (0.5, 1.0)) for points in (found, drawn)]
-    assert volumes[0] > 1.03 * volumes[1]
+    assert volumes[0] > 1.045 * volumes[1]  # NSGA-II alone: 1.033
     alike = [trials(sizes) for sizes in tried.uniform(trials.space)]
     assert all(any(point.dominates(one) for point in found) for one in alike)
 
