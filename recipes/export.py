@@ -1,7 +1,7 @@
 """Write a trained model as a file that other runtimes read, and check that it still answers alike.
 
 Run:
-    python recipes/export.py --model runs/pretrain-DATE --format onnx
+    python recipes/export.py --model runs/mine --format onnx
     python recipes/export.py --model NAME --format gguf --gguf_type Q8_0 --output model.gguf
     python recipes/export.py --model gpt2 --format hf --dtype bfloat16 --output gpt2-bf16 --prompt "The sea" --json
 
