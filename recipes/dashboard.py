@@ -5,7 +5,7 @@ Run:
     python recipes/dashboard.py finetune --project mine --entity my-team --report true
     python recipes/dashboard.py distill --output distill.json
 
-It wants `pip install -e '.[dashboard]'` and `wandb login`; with --output it writes what it would send, and needs neither.
+It wants `pip install -e '.[dashboard]'` and `wandb login`; with --output it writes what it would send, without both.
 """
 
 import json
