@@ -112,6 +112,12 @@ class OneLineParser(ArgumentParser):
         fail(explain(message, list(self._option_string_actions)))
 
 
+def _end_alike(flag: str, near: list[str]) -> bool:
+    """Whether the last part of both is nearly the same, not only what leads there."""
+    last = [name.lstrip("-").rpartition(".")[2] for name in (flag, *near)]
+    return bool(difflib.get_close_matches(last[0], last[1:]))
+
+
 def explain(message: str, flags: list[str]) -> str:
     """A parser's complaint in one line, with the nearest flag for one that does not exist."""
     message = " ".join(message.split())
@@ -123,7 +129,7 @@ def explain(message: str, flags: list[str]) -> str:
         flag = unknown[1] or f"--{unknown[2] or unknown[3]}"
         near = difflib.get_close_matches(flag, flags, n=1)
         typed = _as_typed(flag)
-        if typed.startswith("--trainer.callbacks."):
+        if typed.startswith("--trainer.callbacks.") and not _end_alike(flag, near):
             return f"there is no {typed}: such a flag is for the last callback of the list; change others in the YAML"
         prefix = typed.removesuffix(flag[2:])
         return f"there is no {typed}; " + (f"did you mean {prefix}{near[0][2:]}?" if near else "--help lists the flags")

@@ -197,6 +197,7 @@ MISTAKES = {
     "--model.architecture=transformers.FooConfig": "transformers.FooConfig: there is no such class",
     "--model.architecture.hiden_size=3": "did you mean --model.architecture.hidden_size?",
     "--trainer.callbacks.patience=3": "--trainer.callbacks.patience: such a flag is for the last callback of the list",
+    "--trainer.callbacks.monitr=val/loss": "did you mean --trainer.callbacks.monitor?",
     "--data.path=/no/such/folder": "/no/such/folder does not exist",
     "--model.architecture.vocab_size=10": "--model.architecture.vocab_size is 10",
     "--trainer.default_root_dir=/proc/no": "cannot write to /proc/no",

@@ -24,6 +24,7 @@ MODULES = {
 }
 
 SECONDS_BETWEEN = 20
+"""Of two lines of progress."""
 
 
 def parsed_target(words: str) -> dict[str, float]:

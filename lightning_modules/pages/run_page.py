@@ -82,12 +82,17 @@ def read_metrics(file: Path) -> dict[str, list[charts.Point]]:
 
 def is_whole(row: dict[str, str | None]) -> bool:
     """Not one that is being written, or was cut off."""
-    try:
-        return (
-            bool(row["step"]) and None not in row.values() and all(type(float(v)) is float for v in row.values() if v)
-        )
-    except (KeyError, TypeError, ValueError):
+    if not row.get("step") or None in row or None in row.values():  # with cells too many, or too few
         return False
+    return all(is_number(cell) for cell in row.values() if cell)
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _between(step: int, known: list[int], tokens_at: dict[int, float]) -> float:
