@@ -57,11 +57,10 @@ def trial(width: int, rate: float) -> Run:
 
 def tables(keep: Path | None) -> Iterator[Table]:
     with tempfile.TemporaryDirectory() as temporary:
-        runs = Runs((keep or Path(temporary)).absolute(), threads=2)
+        runs = Runs((keep or Path(temporary)).absolute())
         low, high = ((width, best(tuned(partial(trial, width), list(RATES), runs))) for width in TUNED)
         rates = {width: rate_between(low, high, width) for width in (*WIDTHS, NEXT)}
-        found = {width: rung(runs, width, rate) for width, rate in rates.items()}
-        yield table(found, rates)
+        yield table(rungs(runs, rates), rates)
 
 
 def rate_between(low: tuple[int, float], high: tuple[int, float], width: int) -> float:
@@ -70,11 +69,15 @@ def rate_between(low: tuple[int, float], high: tuple[int, float], width: int) ->
     return float(f"{low[1] * (width / low[0]) ** power:.3g}")
 
 
-def rung(runs: Runs, width: int, rate: float) -> list[dict]:
-    found = runs.done([run(f"{width} wide, {rate:g}", flags_of(width, rate), seed) for seed in SEEDS])
-    if any(summary is None for summary in found):
-        raise RuntimeError(f"a run of {width} wide at {rate:g} came to nothing; see its log in {runs.folder}")
-    return found
+def rungs(runs: Runs, rates: dict[int, float]) -> dict[int, list[dict]]:
+    """Summaries of three seeds by width; the widest are run first, so that no worker waits for them at the end."""
+    keys = [(width, seed) for width in sorted(rates, reverse=True) for seed in SEEDS]
+    trials = [run(f"{width} wide, {rates[width]:g}", flags_of(width, rates[width]), seed) for width, seed in keys]
+    by_key = dict(zip(keys, runs.done(trials), strict=True))
+    for trial, summary in zip(trials, by_key.values(), strict=True):
+        if summary is None:
+            raise RuntimeError(f"{trial.name}, came to nothing; see {runs.folder / trial.place}.log")
+    return {width: [by_key[width, seed] for seed in SEEDS] for width in rates}
 
 
 def flops(summary: dict) -> float:

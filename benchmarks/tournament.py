@@ -94,9 +94,11 @@ SCORED_BYTES = 40_000
 
 def tables(keep: Path | None) -> Iterator[Table]:
     with tempfile.TemporaryDirectory() as temporary:
-        runs = Runs((keep or Path(temporary)).absolute(), THREADS)
-        text = held_out(runs.folder / "held_out.jsonl")
-        rates = {name: best(tuned(partial(contender, name, BYTES), list(RATES), runs)) for name in CONTENDERS}
+        folder = (keep or Path(temporary)).absolute()
+        runs, side_by_side = Runs(folder, THREADS), Runs(folder)  # the rates' own time is not told
+        text = held_out(folder / "held_out.jsonl")
+        side_by_side.done([contender(name, BYTES, rate) for name in CONTENDERS for rate in RATES])
+        rates = {name: best(tuned(partial(contender, name, BYTES), list(RATES), side_by_side)) for name in CONTENDERS}
         found = {name: seeds(runs, name, rates[name], BYTES) for name in CONTENDERS}
         yield table(found, text, rates, "bytes", f"{STEPS} steps of {ROWS} × {LENGTH} tokens of text.")
         in_time = {name: seeds(runs, name, rates[name], TIME) for name in CONTENDERS}
