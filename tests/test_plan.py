@@ -152,6 +152,20 @@ def test_the_plan_that_is_printed_is_that_of_the_verb_and_stands_beside_what_was
     assert {name: found[name] for name in same} == {name: summary["planned"][name] for name in same}
     assert summary["measured"]["tokens"] == summary["tokens"] == found["tokens"]
     assert summary["measured"]["peak_memory_bytes"] > 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert summary["measured"]["memory_of"] == "process" and "the whole process grew by" in page
+
+
+def test_memory_is_measured_of_the_steps_before_the_first_validation(monkeypatch):
+    """Which the plan does not foresee, nor the samples that follow it."""
+    plan, peaks = Plan(), iter([500, 900])
+    plan.memory_besides = 100
+    monkeypatch.setattr(hardware, "peak_memory", lambda kind: next(peaks))
+    module = SimpleNamespace(device=torch.device("cpu"))
+    for sanity_checking in (True, False, False):
+        plan.on_validation_start(SimpleNamespace(sanity_checking=sanity_checking), module)
+    assert plan.measured_memory("cpu") == 400
+    assert next(peaks) == 900
 
 
 def test_blocks_are_those_of_torchs_own_tracker():

@@ -19,6 +19,8 @@ class Plan(Callback):
     forecast: Forecast | None = None
     memory_besides: int | None = None
     """Bytes that the process holds besides the tensors of the run."""
+    peak: int | None = None
+    """The most that it held before it validated for the first time: of steps alone, as the plan is."""
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         kind = module.device.type
@@ -36,6 +38,10 @@ class Plan(Callback):
         self.memory_besides = None if in_use is None else in_use - planning.bytes_there(trainer, module)
         hardware.start_peak_memory(kind)
 
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.peak is None and not trainer.sanity_checking:
+            self.peak = hardware.peak_memory(module.device.type)
+
     @staticmethod
     def foreseen(trainer: Trainer, module: LightningModule, device: Device) -> tuple[Footprint | None, int]:
         """What a plan cannot say must not keep a run from beginning."""
@@ -47,8 +53,8 @@ class Plan(Callback):
             return None, 1
 
     def measured_memory(self, kind: str) -> int | None:
-        """The most that the tensors of the run took since it began."""
-        peak = hardware.peak_memory(kind)
+        """The most that the steps took: of a GPU's tensors, or what a CPU's process grew by."""
+        peak = self.peak or hardware.peak_memory(kind)
         return None if peak is None or self.memory_besides is None else peak - self.memory_besides
 
 

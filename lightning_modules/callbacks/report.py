@@ -133,6 +133,7 @@ def planned_and_measured(trainer: Trainer, module: LightningModule, speed: Speed
         return {}
     measured = {
         "peak_memory_bytes": plan.measured_memory(module.device.type),
+        "memory_of": "tensors" if module.device.type == "cuda" else "process",
         "steps": trainer.global_step,
         "tokens": int(module.tokens),
         "seconds": round(speed.training_seconds, 3),

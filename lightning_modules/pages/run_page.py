@@ -210,7 +210,11 @@ def planned(summary: dict) -> str:
         for name, form in forms.items()
         if foreseen.get(name) is not None and measured.get(name) is not None
     ]
-    return table(["", "planned", "measured"], rows)
+    note = "" if measured.get("memory_of") != "process" else (
+        '<p class="about">Memory is planned of the steps’ tensors; measured is what the whole process grew by in them: '
+        "freed memory that it keeps for the next step and what libraries take for themselves, too.</p>"
+    )  # fmt: skip
+    return table(["", "planned", "measured"], rows) + note
 
 
 def drawn(summary: dict) -> str:
