@@ -34,6 +34,7 @@ from lightning_modules.callbacks.energy import Energy
 from lightning_modules.callbacks.fake_quantization import FakeQuantization
 from lightning_modules.callbacks.guard import Guard
 from lightning_modules.callbacks.horizon import Horizon
+from lightning_modules.callbacks.layers import Layers
 from lightning_modules.callbacks.model_artifact import ModelArtifact
 from lightning_modules.callbacks.plan import Plan
 from lightning_modules.callbacks.predictions import HeldOutPredictions, Predictions
@@ -42,6 +43,7 @@ from lightning_modules.callbacks.push import Push
 from lightning_modules.callbacks.recovery import Recovery
 from lightning_modules.callbacks.report import Report
 from lightning_modules.callbacks.samples import Samples
+from lightning_modules.callbacks.sparse_weights import SparseWeights
 from lightning_modules.callbacks.speed import Speed
 from lightning_modules.callbacks.watchdog import Watchdog
 from lightning_modules.checkpoint_io import CheckpointFiles
@@ -69,7 +71,8 @@ IMPORTABLE = (
 """Packages whose classes a configuration may name; --allow_import PACKAGE adds one."""
 NEVER = ("lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function")
 """Calls whatever it is given."""
-
+CALLBACKS = (Layers, ModelArtifact, FakeQuantization, SparseWeights)
+"""Those that are added by --trainer.callbacks+=NAME: their names are enough, since their classes are imported here."""
 
 FLAT = str | int | float | bool | list | dict | None
 

@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from datamodules.ordered import Ordered
+from lightning_modules.finetune import FineTune
+from lightning_modules.language_module import LanguageModule
+from lightning_modules.schedules import Schedule
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 QUICK = (  # whose --help needs no torch
@@ -31,6 +36,25 @@ def test_the_written_flags_are_those_that_there_are(recipe, verb, reference):
     assert "\n".join(reference.section(recipe, verb)).strip() in (DOCS / "reference.md").read_text(), "make reference"
     line = f"{recipe} {verb or '-'} {' '.join(reference.names(recipe, verb))}"
     assert line in (ROOT / "recipes" / "completion.txt").read_text().splitlines(), "make reference"
+
+
+def test_the_written_classes_are_those_that_there_are(reference):
+    text = (DOCS / "reference.md").read_text()
+    for flag in reference.CLASSES:
+        assert "\n".join(reference.classes_section(flag)).strip() in text, "make reference"
+
+
+def test_every_class_of_a_recipe_is_in_the_reference(reference):
+    listed = {reference.named(package, name) for package, names in reference.CLASSES.values() for name in names.split()}
+    families = {"lightning_modules": (LanguageModule, FineTune, Schedule), "datamodules": (Ordered,)}
+    for package, bases in families.items():
+        found = set()
+        for file in (ROOT / package).glob("*.py"):
+            module = importlib.import_module(f"{package}.{file.stem}")
+            found |= {one for one in vars(module).values() if isinstance(one, type) and issubclass(one, bases)}
+        leaves = {one for one in found if not any(other is not one and issubclass(other, one) for other in found)}
+        chosen = {one for one in leaves if not one.__name__.startswith("LazyInstance")}  # jsonargparse's defaults
+        assert chosen and chosen <= listed, chosen - listed
 
 
 def test_every_recipe_and_verb_is_in_the_reference(reference):

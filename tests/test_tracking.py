@@ -59,7 +59,7 @@ def records(run: Path, kind: str) -> list[dict]:
 
 def test_every_logged_name_is_drawn_over_tokens(corpus, tmp_path, monkeypatch):
     offline(monkeypatch, tmp_path)
-    layers = {"trainer.callbacks+": "lightning_modules.callbacks.layers.Layers", "trainer.callbacks.every_n_steps": 2}
+    layers = {"trainer.callbacks+": "Layers", "trainer.callbacks.every_n_steps": 2}
     fit(tmp_path, corpus, **layers, **{"trainer.callbacks.histograms": "true", "trainer.log_every_n_steps": 1})
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     over = {found["name"]: found.get("step_metric") for found in records(run, "metric") if "name" in found}
