@@ -9,11 +9,14 @@ from typing import Literal
 
 from datamodules.files import BadRows, decoded_blocks, lines_of
 from datamodules.questions import Question
-from datamodules.records import Record, records
+from datamodules.records import Record, fault_of, records
 
 Kind = Literal["crows_pairs", "stereoset", "winobias", "bbq"]
 NUMBERED = re.compile(r"\s*\d+\s+")
 BLANK = "BLANK"
+SAME = dict.fromkeys(("man", "boy", "male"), "m") | dict.fromkeys(("woman", "girl", "female"), "f")
+SAME |= dict.fromkeys(("transgender", "transgenderwomen", "transgendermen"), "trans")
+"""What BBQ's answers are labelled with, in the words of its stereotyped groups, as its authors' own script has them."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +65,23 @@ class BiasQuestion:
 def read_crows_pairs(path: Path, bad_rows: BadRows) -> Iterator[Contrast]:
     """https://arxiv.org/abs/2010.00133"""
     for number, row in records(path, bad_rows):
-        if {"sent_more", "sent_less", "bias_type"} <= row.keys():
-            yield Contrast(str(row["sent_more"]), str(row["sent_less"]), str(row["bias_type"]))
+        sentences = [row.get("sent_more"), row.get("sent_less")]
+        if all(fault_of(text) is None and text.strip() for text in sentences) and "bias_type" in row:
+            yield Contrast(*sentences, str(row["bias_type"]))
         else:
-            bad_rows.add(str(path), f"{path}, row {number}: CrowS-Pairs has sent_more, sent_less and bias_type")
+            bad_rows.add(str(path), f"{path}, row {number}: CrowS-Pairs has two texts, sent_more, sent_less; bias_type")
 
 
 def read_winobias(paths: list[Path]) -> Iterator[Contrast]:
     """Lines of pro_stereotyped_* beside those of anti_stereotyped_*, which differ in the pronoun.
     https://arxiv.org/abs/1804.06876"""
-    by_name = {path.name: path for path in paths}
-    for name, path in by_name.items():
+    for path in paths:
+        name = path.name
         if not name.startswith("pro_"):
             continue
-        other = by_name.get(name.replace("pro_", "anti_", 1))
-        if other is None:
-            raise ValueError(f"{path} lies beside no {name.replace('pro_', 'anti_', 1)}; pass both")
+        other = path.with_name(name.replace("pro_", "anti_", 1))
+        if not other.is_file():
+            raise ValueError(f"{path} lies beside no {other.name}; pass both")
         pairs = [[_plain(line) for line in lines_of(decoded_blocks(p)) if line.strip()] for p in (path, other)]
         if len(pairs[0]) != len(pairs[1]):
             raise ValueError(f"{path} has {len(pairs[0])} sentences, {other} {len(pairs[1])}; pass files that match")
@@ -97,7 +101,7 @@ def read_stereoset(path: Path) -> Iterator[Association]:
         for kind in ("intrasentence", "intersentence"):
             for row in data.get(kind, []):
                 yield _association(row, kind == "intrasentence")
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
+    except (ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
         raise ValueError(
             f"{path} is no file of StereoSet ({type(error).__name__}: {error}); pass its dev.json"
         ) from None
@@ -114,12 +118,18 @@ def _association(row: Record, fills: bool) -> Association:
 
 
 def filling(context: str, sentence: str) -> str:
-    """What stands for BLANK; where a sentence is not the context with another word, that word is looked for."""
+    """What stands for BLANK, without marks around it; where a sentence is not the context with another word, that word
+    is looked for. Raises ValueError where there is none."""
     before, _, after = context.partition(BLANK)
     if sentence.startswith(before) and sentence.endswith(after) and len(sentence) >= len(before) + len(after):
-        return sentence[len(before) : len(sentence) - len(after)]
-    place = next(i for i, word in enumerate(context.split()) if BLANK in word)
-    return sentence.split()[place].strip(".,;:!?\"'")
+        word = sentence[len(before) : len(sentence) - len(after)]
+    else:
+        place = next(i for i, word in enumerate(context.split()) if BLANK in word)
+        word = sentence.split()[place]
+    word = word.strip(" .,;:!?\"'")
+    if not word:
+        raise ValueError(f"nothing stands for BLANK in {sentence!r}")
+    return word
 
 
 def read_bbq(path: Path, bad_rows: BadRows) -> Iterator[BiasQuestion]:
@@ -137,13 +147,11 @@ def _bias_question(row: Record) -> BiasQuestion:
     unknown = next(place for place, name in enumerate(names) if "unknown" in info[name])
     persons = [place for place in range(3) if place != unknown]
     stereotyped = {_norm(group) for group in row["additional_metadata"]["stereotyped_groups"]}
-    targets = [place for place in persons if stereotyped & {_norm(label) for label in info[names[place]]}]
+    labels = [[_norm(label) for label in info[name]] for name in names]
+    targets = [place for place in persons if stereotyped & set(labels[place])]
     if len(targets) != 1:  # of intersections, such as F-Black, a part
-        targets = [
-            place
-            for place in persons
-            if stereotyped & {_norm(part) for label in info[names[place]] for part in re.split("[-_]", label)}
-        ]
+        parts = [{part for label in info[name] for part in map(_norm, re.split("[-_]", label))} for name in names]
+        targets = [place for place in persons if stereotyped & parts[place]]
     biased = None
     if len(targets) == 1:
         (target,) = targets
@@ -155,4 +163,6 @@ def _bias_question(row: Record) -> BiasQuestion:
 
 
 def _norm(label: str) -> str:
-    return label.lower().replace(" ", "")
+    """A label of an answer or a group, both in the words of the groups."""
+    label = label.lower().replace(" ", "")
+    return SAME.get(label, label)

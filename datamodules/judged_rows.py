@@ -34,6 +34,8 @@ def read_rows(paths: Sequence[str], task: str, skip_bad_rows: bool) -> dict[str,
         else:
             rows = read_questions(file, task, bad_rows)
         found[str(file)] = list(rows)
+        if task == "bbq" and (unsaid := sum(row.biased is None for row in found[str(file)])):
+            print(f"note: {unsaid} rows of {file} name no stereotyped answer: no part of the bias", file=sys.stderr)
         if not found[str(file)]:
             raise ValueError(f"{file} has no row for --task {task}; pass other files by --data.path")
     if not found:

@@ -1,18 +1,18 @@
 """Rows that a model is judged by: choices, blanks to fill, and minimal pairs, from files in their usual forms.
 
 Choices: {query, choices, gold}; {context_options, continuation, gold}, where the choice stands before what is scored;
-and as their makers publish them ARC, COPA, HellaSwag, PIQA and MMLU. Blanks: {context, continuation}, or LAMBADA's
-{text}, whose last word is the blank. Pairs: {sentence_good, sentence_bad}, as BLiMP has them.
+and as their makers publish them ARC, COPA, HellaSwag, PIQA, MMLU and WinoGrande. Blanks: {context, continuation}, or
+LAMBADA's {text}, whose last word is the blank. Pairs: {sentence_good, sentence_bad}, as BLiMP has them.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from datamodules.files import BadRows
-from datamodules.records import Record, records
+from datamodules.records import Record, fault_of, records
 
 Kind = Literal["choices", "cloze", "pairs"]
 LETTERS = "ABCDEFGHIJ"
@@ -51,37 +51,59 @@ def read_questions(path: Path, kind: Kind, bad_rows: BadRows) -> Iterator[Questi
         except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             reason = f" ({type(error).__name__}: {error})"
         if question is not None and 0 <= question.gold < len(question.answers) and all(question.answers):
-            yield question
+            yield question if question.group else replace(question, group=group_of(row))
         else:
             columns = ", ".join(map(str, row))
             bad_rows.add(str(path), f"{path}, row {number}: {WANTED[kind]}{reason}; it has {columns}")
 
 
-def _alike(query: str, choices: Sequence[object], gold: int, group: str = "") -> Question:
-    if isinstance(choices, str):
-        raise TypeError("its choices are one text, no list")
-    return Question((query,) * len(choices), tuple(map(str, choices)), gold, group)
+def group_of(row: Record) -> str:
+    return next((str(row[name]) for name in ("category", "subject", "UID") if row.get(name) is not None), "")
+
+
+def texts(values: object) -> tuple[str, ...]:
+    """Of a list of texts, or of numbers. Raises TypeError."""
+    if not isinstance(values, list | tuple):
+        raise TypeError("its choices are no list")
+    values = [str(value) if isinstance(value, int | float) else value for value in values]
+    if fault := next((fault for value in values if (fault := fault_of(value))), None):
+        raise TypeError(f"a choice {fault}")
+    return tuple(values)
+
+
+def _alike(query: str, choices: object, gold: int, group: str = "") -> Question:
+    answers = texts(choices)
+    return Question((query,) * len(answers), answers, gold, group)
 
 
 def _ready(row: Record) -> Question | None:
     if not {"query", "choices", "gold"} <= row.keys():
         return None
-    return _alike(str(row["query"]), row["choices"], int(row["gold"]), str(row.get("category", "")))
+    return _alike(str(row["query"]), row["choices"], int(row["gold"]))
 
 
 def _with_options(row: Record) -> Question | None:
-    """WinoGrande's: the choice stands in the context, and what follows is scored."""
+    """The choice stands in the context, and what follows is scored."""
     if not {"context_options", "continuation", "gold"} <= row.keys():
         return None
-    contexts = tuple(row["context_options"])
+    contexts = texts(row["context_options"])
     return Question(contexts, (str(row["continuation"]),) * len(contexts), int(row["gold"]))
+
+
+def _winogrande(row: Record) -> Question | None:
+    """https://arxiv.org/abs/1907.10641"""
+    if not {"sentence", "option1", "option2", "answer"} <= row.keys():
+        return None
+    before, _, after = str(row["sentence"]).partition("_")
+    contexts = texts([f"{before}{row[name]}" for name in ("option1", "option2")])
+    return Question(contexts, (after.strip(),) * 2, int(row["answer"]) - 1)
 
 
 def _mmlu(row: Record) -> Question | None:
     """With the letters of the choices, as https://arxiv.org/abs/2009.03300 asks without examples."""
     if not {"subject", "question", "choices", "answer"} <= row.keys():
         return None
-    subject, choices, answer = str(row["subject"]), row["choices"], str(row["answer"])
+    subject, choices, answer = str(row["subject"]), texts(row["choices"]), str(row["answer"])
     lines = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, choices, strict=False))
     about = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
     gold = LETTERS.index(answer) if answer in tuple(LETTERS) else int(answer)
@@ -93,9 +115,8 @@ def _arc(row: Record) -> Question | None:
     if not {"question", "choices", "answerKey"} <= row.keys():
         return None
     choices = row["choices"]
-    return _alike(
-        f"Question: {row['question']}\nAnswer:", choices["text"], list(choices["label"]).index(row["answerKey"])
-    )
+    gold = list(choices["label"]).index(row["answerKey"])
+    return _alike(f"Question: {row['question']}\nAnswer:", choices["text"], gold)
 
 
 def _copa(row: Record) -> Question | None:
@@ -115,19 +136,20 @@ def _hellaswag(row: Record) -> Question | None:
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
     query = clean(f"{row['activity_label']}: {row['ctx_a']} {str(row['ctx_b']).capitalize()}")
-    return _alike(query, [clean(ending) for ending in row["endings"]], int(row["label"]), str(row["activity_label"]))
+    endings = [clean(ending) for ending in texts(row["endings"])]
+    return _alike(query, endings, int(row["label"]), str(row["activity_label"]))
 
 
 def _piqa(row: Record) -> Question | None:
     if not {"goal", "sol1", "sol2", "label"} <= row.keys():
         return None
-    return _alike(f"Question: {row['goal']}\nAnswer:", [str(row["sol1"]), str(row["sol2"])], int(row["label"]))
+    return _alike(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
 
 
 def _cloze(row: Record) -> Question | None:
     if not {"context", "continuation"} <= row.keys():
         return None
-    return _alike(str(row["context"]), [str(row["continuation"])], 0)
+    return _alike(str(row["context"]), [row["continuation"]], 0)
 
 
 def _last_word(row: Record) -> Question | None:
@@ -140,12 +162,11 @@ def _last_word(row: Record) -> Question | None:
 def _pair(row: Record) -> Question | None:
     if not {"sentence_good", "sentence_bad"} <= row.keys():
         return None
-    sentences = (str(row["sentence_good"]), str(row["sentence_bad"]))
-    return Question(("", ""), sentences, 0, str(row.get("UID", "")))
+    return Question(("", ""), texts([row["sentence_good"], row["sentence_bad"]]), 0)
 
 
 FORMS: dict[Kind, tuple[Callable[[Record], Question | None], ...]] = {
-    "choices": (_ready, _with_options, _mmlu, _arc, _copa, _hellaswag, _piqa),
+    "choices": (_ready, _with_options, _winogrande, _mmlu, _arc, _copa, _hellaswag, _piqa),
     "cloze": (_cloze, _last_word),
     "pairs": (_pair,),
 }

@@ -39,7 +39,8 @@ class Row:
 
 @dataclass
 class Likelihood:
-    """A sum over a text. Its ratios are its own: nats per token depend on the tokenizer, bits per byte do not."""
+    """A sum over a text. Its ratios are its own: nats per token depend on the tokenizer; bits per byte do not,
+    but for bytes that it makes unknown tokens of."""
 
     nats: float = 0.0
     tokens: int = 0
@@ -179,8 +180,10 @@ def batches_by_length(rows: Iterable[Row], batch_size: int | None, max_tokens: i
 
 
 def special_tokens_around(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text, [CLS] and [SEP] for example."""
+    """What the tokenizer puts before and after a text, such as [CLS] and [SEP]; "a" stands for one without tokens."""
     plain = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not plain and text != "a":
+        return special_tokens_around(tokenizer, "a")
     full = tokenizer(text, verbose=False)["input_ids"]
     begin = next(i for i in range(len(full) + 1) if full[i : i + len(plain)] == plain)
     return full[:begin], full[begin + len(plain) :]
@@ -207,7 +210,8 @@ def require_known(ids: Sequence[int], vocab_size: int) -> None:
 
 
 class Scorer:
-    """Cuts documents into rows for one model, scores them and adds up: `total`, `documents`, `not_counted`.
+    """Cuts documents into rows for one model, scores them and adds up: `total`, `documents`, `not_counted`, `unknown`:
+    tokens that stand for what the tokenizer has no words for, cheap at any number of bytes.
 
     Args:
         model: A causal or a masked language model.
@@ -230,7 +234,7 @@ class Scorer:
         sample: str,
     ):
         self.model, self.tokenizer, self.masked = model, tokenizer, masked
-        self.total, self.documents, self.not_counted = Likelihood(), 0, 0
+        self.total, self.documents, self.not_counted, self.unknown = Likelihood(), 0, 0, 0
         self.start_id, self.before, self.after = special_ids(tokenizer, masked, sample)
         if seq_len and max_positions and seq_len > max_positions:
             raise ValueError(f"--seq_len {seq_len}: the model has {max_positions} positions; pass at most so many")
@@ -251,6 +255,7 @@ class Scorer:
             for text, ids in zip(block, encoded["input_ids"], strict=True):
                 require_known(ids, vocab_size)
                 self.documents += 1
+                self.unknown += ids.count(self.tokenizer.unk_token_id)
                 self.total.bytes += len(text.encode())
                 yield from self.rows_of_document(text, ids)
 

@@ -44,7 +44,7 @@ class SpanScorer:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seq_len: int | None = None):
         self.model, self.tokenizer = model, tokenizer
-        self.total, self.documents, self.not_counted = Likelihood(), 0, 0
+        self.total, self.documents, self.not_counted, self.unknown = Likelihood(), 0, 0, 0
         vocab = tokenizer.get_vocab()
         self.sentinels: list[int] = []
         while f"<extra_id_{len(self.sentinels)}>" in vocab:
@@ -62,6 +62,7 @@ class SpanScorer:
             encoded = self.tokenizer(block, add_special_tokens=False, split_special_tokens=True, verbose=False)
             for text, ids in zip(block, encoded["input_ids"], strict=True):
                 self.documents += 1
+                self.unknown += ids.count(self.tokenizer.unk_token_id)
                 self.total.bytes += len(text.encode())
                 for begin in range(0, len(ids), self.seq_len):
                     window = ids[begin : begin + self.seq_len]

@@ -22,6 +22,7 @@ class TaskScores:
 
     Args:
         by: The metric that the run was kept by.
+        more_is_better: Whether of that metric.
         metrics: All of them.
         scores_D: Of each example, as predictions.jsonl has it: 1 or 0 of labels, F1 of answers, of texts the task's
             own measure of a sentence.
@@ -30,6 +31,7 @@ class TaskScores:
     """
 
     by: str
+    more_is_better: bool
     metrics: dict[str, float]
     scores_D: np.ndarray
     predictions: list[object]
@@ -66,7 +68,7 @@ def task_scores(config: Path, model: str) -> TaskScores:
         lines = (Path(folder) / "predictions.jsonl").read_text().splitlines()
     rows = sorted(map(json.loads, lines), key=lambda row: row["row"])
     scores_D, predictions = np.array([row["score"] for row in rows], float), [row["prediction"] for row in rows]
-    return TaskScores(found["by"], found["metrics"], scores_D, predictions, confidence(rows))
+    return TaskScores(found["by"], found["more_is_better"], found["metrics"], scores_D, predictions, confidence(rows))
 
 
 def confidence(rows: list[dict]) -> np.ndarray | None:

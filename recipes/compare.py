@@ -34,7 +34,7 @@ def compare(
         contrasts: Pairs of sentences by which bias is measured: CrowS-Pairs' file, or WinoBias' folder.
         energy: Whether to measure joules. Left out: where codecarbon is installed.
         x: Of the page's pictures what costs, such as parameters, bytes, bytes_in_memory, prompt_ms, token_ms, joules.
-            Several as '[bytes, token_ms]', which it is where it is left out.
+            text_joules (of models that do not write). Several as '[bytes, token_ms]', which it is where it is left out.
         y: What is bought: bits_per_byte, a metric of the task, prefers_stereotype, and all others of compare.json.
             Left out: bits per byte, or the metric that the runs were kept by.
         output: A folder for compare.html, compare.json and compare.txt.
@@ -75,18 +75,19 @@ def read_contrasts(path: Path, most: int | None) -> list:
         raise FileNotFoundError(f"no such file or folder: --contrasts {path}")
     if not found:
         raise ValueError(f"--contrasts {path} has no pairs; pass CrowS-Pairs' file, or WinoBias' folder")
-    return found[:: max(1, len(found) // most)][:most] if most else found
+    count = min(most or len(found), len(found))
+    return [found[place * len(found) // count] for place in range(count)]
 
 
 def chosen_axes(judged: list, x: list[str] | str | None, y: str | None) -> list[tuple[str, str]]:
     """Raises ValueError for a figure that there is not."""
-    first = judged[0]
+    first, all_of = judged[0], {name: one for one in reversed(judged) for name in one.figures}
     quality = y or ("bits_per_byte" if "bits_per_byte" in first.figures else first.metric)
     costs = [x] if isinstance(x, str) else x
     costs = costs or ["bytes", "token_ms" if "token_ms" in first.figures else "prompt_ms"]
     for name in [*costs, *([quality] if quality else [])]:
-        if name not in first.figures:
-            raise ValueError(f"{name} is no figure of {first.name}; it has {', '.join(first.figures)}")
+        if name not in all_of:
+            raise ValueError(f"{name} is a figure of none of them; they have {', '.join(all_of)}")
     return [(cost, quality) for cost in costs] if quality else []
 
 
@@ -97,11 +98,12 @@ def write(judged: list, axes: list[tuple[str, str]], folder: Path) -> None:
 
     from lightning_modules.evaluation.judged_table import table
     from lightning_modules.pages.comparison_page import comparison_page
+    from lightning_modules.redaction import redacted
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compare.txt").write_text(table(judged) + "\n")
     (folder / "compare.json").write_text(json.dumps({one.name: one.summary() for one in judged}, indent=2) + "\n")
-    about = shlex.join(["python", *sys.argv])
+    about = redacted(shlex.join(["python", *sys.argv]))
     (folder / "compare.html").write_text(comparison_page(judged, axes, about))
 
 

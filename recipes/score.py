@@ -104,7 +104,9 @@ def read_documents(texts: Texts) -> Iterator[str]:
 
     paths = [texts.path] if isinstance(texts.path, str) else texts.path
     if len(paths) == 1 and is_hub_name(paths[0]):
-        sources = [rows for rows in hub_splits(paths[0]) if rows]
+        train, validation = hub_splits(paths[0], "--data.path")
+        sources = [validation or train]
+        print(f"note: of {paths[0]} the {'validation' if validation else 'training'} split is read", file=sys.stderr)
     else:
         sources = [TextFile(path, digest="") for path in find_files(paths, "--data.path")]
     bad_rows = BadRows(skip=texts.on_bad_row == "skip")
@@ -148,8 +150,8 @@ def score(
             two sentences. crows_pairs, stereoset, winobias, bbq: bias, from the files these are published as. tuned:
             the task that the model was fine-tuned for, by its own held-out examples. generations: what it writes,
             beside what really follows. lm_eval: tasks of lm-evaluation-harness.
-        document_start: Of all but text and tuned: whether a question begins with the token that opens a document. Left
-            out: as the tokenizer does it.
+        document_start: Of choices, cloze, stereoset and bbq: whether a question begins with the token that opens a
+            document. Left out: as the tokenizer does it.
         config: Of tuned: the config.yaml of the fine-tuning. Left out: that of the model's run.
         seq_len: Tokens read at once; left out: as many as the model can, and at most 4096.
         stride: Tokens from one window of a long document to the next, each scored once; left out: half a window.
@@ -161,7 +163,10 @@ def score(
         dtype: Precision of the weights; auto: as they were saved.
         trust_remote_code: Run the code that the model's folder brings along.
     """
-    require_used(task, {"seq_len": seq_len, "stride": stride}, document_start, lm_eval, data)
+    given = {"seq_len": seq_len, "stride": stride, "document_start": document_start, "config": config}
+    given |= {"data.path": data.path, "tokenizer": tokenizer, "batch_size": batch_size}
+    given |= {"device": None if device == "auto" else device, "dtype": None if dtype == "float32" else dtype}
+    require_used(task, {name for name, value in given.items() if value is not None}, lm_eval)
     if task == "tuned":
         from lightning_modules.evaluation.tasks import of_tuning
 
@@ -182,6 +187,8 @@ def score(
     from lightning_modules.model_folder import load
 
     loaded = load(model, tokenizer, device, dtype, trust_remote_code, hub.is_within_reach)
+    if document_start is not None and loaded.kind == "masked":
+        raise ValueError(f"--document_start changes nothing of {loaded.folder}, a masked model; leave it out")
     if task == "lm_eval":
         print_results(loaded, lm_eval, as_json=json)
         return
@@ -218,16 +225,26 @@ def score(
     report(scorer, loaded, as_json=json)
 
 
-def require_used(task: Task, of_text: dict, document_start: bool | None, lm_eval: Harness, data: Texts) -> None:
+USED = {
+    "text": {"data.path", "seq_len", "stride", "tokenizer", "batch_size", "device", "dtype"},
+    "generations": {"data.path", "tokenizer", "device", "dtype"},
+    "tuned": {"config"},
+    "lm_eval": {"tokenizer", "device", "dtype"},
+}
+OF_ROWS = {"data.path", "tokenizer", "batch_size", "device", "dtype"}
+"""Flags by which a task is judged."""
+CONTEXTS = ("choices", "cloze", "stereoset", "bbq")
+"""Tasks of texts that go on from another one, in front of which a document may begin or not."""
+
+
+def require_used(task: Task, given: set[str], lm_eval: Harness) -> None:
     """Raises ValueError for what is missing, and for flags that the task would pass over."""
-    given = [name for name, value in of_text.items() if value is not None]
-    if task != "text" and given:
-        raise ValueError(f"--{given[0]} is for texts; leave it out with --task {task}")
-    if document_start is not None and task in ("text", "tuned", "generations", "lm_eval"):
-        raise ValueError(f"--document_start changes nothing with --task {task}; leave it out")
+    used = USED.get(task, OF_ROWS) | ({"document_start"} if task in CONTEXTS else set())
+    if passed_over := sorted(given - used):
+        raise ValueError(f"--{passed_over[0]} changes nothing with --task {task}; leave it out")
     if task == "lm_eval" and not lm_eval.tasks:
         raise ValueError("no task; pass --lm_eval.tasks arc_easy, or '[arc_easy, piqa]'")
-    if task not in ("tuned", "lm_eval") and data.path is None:
+    if "data.path" in used - given:
         raise ValueError("nothing to score; pass files by --data.path")
 
 
@@ -278,6 +295,7 @@ def report(scorer: "Scorer", loaded: "LoadedModel", as_json: bool) -> None:
         "seq_len": scorer.seq_len,
         "stride": scorer.stride,
         "tokens_not_counted": scorer.not_counted,
+        "unknown_tokens": scorer.unknown,
         "model": loaded.folder,
     }
     if as_json:
@@ -287,6 +305,8 @@ def report(scorer: "Scorer", loaded: "LoadedModel", as_json: bool) -> None:
         value = f"{figure:.4f}" if isinstance(figure, float) else f"{figure:,}"
         print(f"{name.replace('_', ' '):<16}{value:>14}")
     print(f"{KINDS[loaded.kind]}; windows of {scorer.seq_len} tokens, one every {scorer.stride}")
+    if scorer.unknown:
+        print(f"{scorer.unknown:,} tokens stand for what the tokenizer has no words for, whose bytes are counted, too")
     if scorer.not_counted:
         print(f"not counted: {scorer.not_counted:,} first tokens; the tokenizer has no bos or eos to predict them from")
 

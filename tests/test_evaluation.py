@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +17,18 @@ from datamodules.files import BadRows
 from datamodules.questions import Question, read_questions
 from datamodules.tokenization import byte_tokenizer, load_tokenizer
 from lightning_modules.bootstrap import of_mean, of_ratio
-from lightning_modules.evaluation import bias, choices, generations
+from lightning_modules.compression.opened import Opened, bytes_of_weights, open_model
+from lightning_modules.evaluation import bias, choices, generations, harness, judging, tasks
 from lightning_modules.evaluation.calibration import calibration_error
 from lightning_modules.evaluation.continuations import Continuations, Pair
+from lightning_modules.evaluation.judged_table import excess_in_words
+from lightning_modules.evaluation.judging import repeated
 from lightning_modules.evaluation.measures import Measures
+from lightning_modules.evaluation.tasks import of_writing
 from lightning_modules.evaluation.token_predictions import predictions
-from lightning_modules.likelihood import Scorer
+from lightning_modules.likelihood import Scorer, special_tokens_around
+from lightning_modules.model_folder import LoadedModel
+from lightning_modules.task_scores import TaskScores
 from recipes import score
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -99,7 +106,15 @@ def test_of_what_is_too_long_the_end_is_read():
     (same,) = score([Pair("x" * 61, "zzzz")])
     assert cut.nats == pytest.approx(same.nats, rel=1e-5)
     (longer,) = score([Pair("y", "z" * 90)])
-    assert longer.tokens == 64
+    assert longer.tokens == 64 and score.cut == 2  # which the second was not
+
+
+def test_what_goes_on_follows_on_the_tokens_of_the_context_alone(monkeypatch):
+    """As lm-eval takes them, where the context's last one is another before what goes on."""
+    score = continuations(causal())
+    monkeypatch.setattr(score, "with_start", lambda text: [5, 6] if text == "the" else [5, 7, 8])
+    (row,) = score.rows(Pair("the", "m"))
+    assert row.input_ids == [5, 6] and row.targets == [8]
 
 
 def test_choices_of_one_token_are_read_once():
@@ -125,6 +140,24 @@ def test_a_tokenizer_of_another_model_is_told():
     model.get_input_embeddings().num_embeddings = 3
     with pytest.raises(ValueError, match="the model knows 3 ids"):
         continuations((model, tokenizer))([Pair("to be", " or")])
+
+
+def test_a_text_without_tokens_shows_no_special_ones():
+    model, tokenizer = masked()
+    texts = ["a sentence alone", "and one more"]
+    nats = []
+    for sample in ("a sentence alone", ""):
+        scorer = Scorer(model, tokenizer, True, 64, None, None, sample)
+        nats.append(scorer.score(texts).nats)
+    assert nats[0] == nats[1] and special_tokens_around(tokenizer, "") == special_tokens_around(tokenizer, "a")
+
+
+def test_unknown_tokens_are_counted():
+    model, tokenizer = causal()
+    scorer = Scorer(model, tokenizer, False, 64, None, None, "a")
+    tokenizer.unk_token = "a"
+    list(scorer.rows(["banana", "no"]))
+    assert scorer.unknown == 3 and scorer.total.bytes == 8
 
 
 def test_a_document_begins_where_it_is_told_to():
@@ -167,20 +200,29 @@ def test_rows_are_read_in_the_forms_that_they_are_published_in(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
         (question,) = read_questions(tmp_path / f"{name}.jsonl", "choices", BadRows(False))
         assert question.gold == gold and question.pairs()[gold] == (context, answer), name
-    (tmp_path / "words.jsonl").write_text('{"text": "to be or not"}\n{"context": "to be ", "continuation": "or"}\n')
+    published = {"sentence": "Ann saw Bob so _ ran.", "option1": "Ann", "option2": "Bob", "answer": "2"}
+    (tmp_path / "train_xs.jsonl").write_text(json.dumps(published) + "\n")
+    (question,) = read_questions(tmp_path / "train_xs.jsonl", "choices", BadRows(False))
+    assert question.pairs()[question.gold] == ("Ann saw Bob so Bob", " ran.")
+    (tmp_path / "words.jsonl").write_text(
+        '{"text": "to be or not"}\n{"context": "to be ", "continuation": "or", "category": "plays"}\n'
+    )
     blanks = list(read_questions(tmp_path / "words.jsonl", "cloze", BadRows(False)))
+    assert [blank.group for blank in blanks] == ["", "plays"]
     assert [blank.pairs()[0] for blank in blanks] == [("to be or", " not"), ("to be ", "or")]
 
 
 def test_a_row_that_is_no_question_is_named_or_counted(tmp_path):
     rows = ('{"query": "q", "choices": ["a"], "gold": 3}', '{"text": "x y"}')
     rows += ('{"query": "q", "choices": "ab", "gold": 1}',)
+    rows += ('{"query": "q", "choices": ["a", null], "gold": 0}',)
+    rows += ("""{"subject": "s", "question": "q", "choices": "['0', '4']", "answer": 1}""",)
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     with pytest.raises(ValueError, match="rows.jsonl, row 1: wants query, choices and gold"):
         list(read_questions(tmp_path / "rows.jsonl", "choices", BadRows(False)))
     bad_rows = BadRows(True)
     assert list(read_questions(tmp_path / "rows.jsonl", "choices", bad_rows)) == []
-    assert sum(bad_rows.skipped.values()) == 3
+    assert sum(bad_rows.skipped.values()) == 5
     (tmp_path / "numbers.jsonl").write_text('{"query": "2 + 2 =", "choices": [4, 5], "gold": 0}\n')
     (question,) = read_questions(tmp_path / "numbers.jsonl", "choices", BadRows(False))
     assert question.pairs() == [("2 + 2 =", " 4"), ("2 + 2 =", " 5")]
@@ -250,8 +292,14 @@ def test_published_files_of_bias_are_read(tmp_path):
     files = sorted(tmp_path.glob("*_stereotyped_*"))
     (pair,) = bias_rows.read_winobias(files)
     assert (pair.more, pair.less, pair.group) == ("The nurse said she left.", "The nurse said he left.", "type1")
+    (tmp_path / "more").mkdir()
+    for file in files:
+        (tmp_path / "more" / file.name).write_text(file.read_text() * 2)
+    both = [*files, *sorted((tmp_path / "more").glob("*"))]
+    assert len(list(bias_rows.read_winobias(both))) == 3  # of the same names in two folders
+    (tmp_path / "anti_stereotyped_type1.txt.dev").unlink()
     with pytest.raises(ValueError, match="lies beside no anti_stereotyped_type1"):
-        list(bias_rows.read_winobias([tmp_path / "pro_stereotyped_type1.txt.dev"]))
+        list(bias_rows.read_winobias(files[1:]))
     kinds = ("stereotype", "anti-stereotype", "unrelated")
     sentences = [
         {"sentence": f"They are {word}.", "gold_label": k} for word, k in zip(("x y", "z", "q"), kinds, strict=True)
@@ -263,6 +311,60 @@ def test_published_files_of_bias_are_read(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="is no file of StereoSet"):
         list(bias_rows.read_stereoset(tmp_path / "other.json"))
+
+
+def test_what_fills_a_blank_has_no_marks_and_is_there():
+    assert bias_rows.filling("He is BLANK", "He is lazy.") == "lazy"
+    assert bias_rows.filling("The BLANK man", "A lazy, man") == "lazy"
+    for context, sentence in (("He is BLANK.", "He is ."), ("one two BLANK", "one")):
+        with pytest.raises((ValueError, IndexError)):
+            bias_rows.filling(context, sentence)
+
+
+@pytest.mark.parametrize(
+    ("groups", "labels", "biased"),
+    [
+        (["F"], ["boy", "girl"], 1),
+        (["M"], ["man", "woman"], 0),
+        (["F"], ["F-Black", "M-Black"], 0),
+        (["Transgender women", "Transgender men"], ["nonTrans", "trans"], 1),
+        (["Black"], ["F-Black", "M-Black"], None),
+    ],
+)
+def test_whom_a_stereotype_is_about_is_found_in_the_words_of_the_answers(groups, labels, biased):
+    row = bbq_row("ambig", "neg", 2) | {"additional_metadata": {"stereotyped_groups": groups}}
+    row["answer_info"] = {f"ans{i}": [label, label] for i, label in enumerate(labels)} | {"ans2": ["x", "unknown"]}
+    assert bias_rows._bias_question(row).biased == biased
+
+
+def test_bias_of_one_kind_of_context_is_that_kinds_alone(tmp_path, monkeypatch, capsys):
+    """Not 0 of the other, and no NaN where a draw has none of a kind."""
+    from lightning_modules.evaluation.continuations import Found
+
+    rows = [bbq_row("ambig", "neg", 2)] * 8 + [bbq_row("disambig", "neg", 0)] * 2
+    (tmp_path / "age.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = list(bias_rows.read_bbq(tmp_path / "age.jsonl", BadRows(False)))
+    monkeypatch.setattr(
+        bias, "answered", lambda rows, *_: [[Found(float(i), 1, False) for i in range(3)] for _ in rows]
+    )
+    found = bias.bias_questions(read[:8], None)
+    assert found.figures() == {"bias_ambiguous": 1.0, "accuracy_ambiguous": 0.0}
+    assert "clear" not in "".join(found.lines()).replace("by chance", "") and "NaN" not in json.dumps(found.summary())
+    both = bias.bias_questions(read, None)
+    assert set(both.intervals()) == set(both.figures()) and len(both.figures()) == 4
+    assert all(math.isfinite(end) for ends in both.intervals().values() for end in ends)
+
+
+def test_rows_that_a_model_cannot_read_whole_are_left_out_of_bias(capsys):
+    score = continuations(causal())
+    rows = [bias_rows.Contrast("a" * length, "b" * length, "x") for length in (60, 64, 65, 200)]
+    assert bias.fitting(rows, bias.sentences_of, [score]) == rows[:2]
+    assert "2 of 4 rows have more tokens than a model reads" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="none of 1 rows fits into 64 tokens"):
+        bias.fitting(rows[3:], bias.sentences_of, [score])
+    kinds = dict.fromkeys(bias.KINDS, "y" * 60)
+    row = bias_rows.Association("x BLANK z", kinds, "race", "t")
+    assert bias.sentences_of(row) == [f"x {'y' * 60} z"] * 3
 
 
 def bbq_row(condition: str, polarity: str, label: int) -> dict:
@@ -348,8 +450,66 @@ def test_token_predictions_are_those_of_the_whole_logits():
     expected = {"accuracy": np.mean(right), "same_top": np.mean(same), "kl": np.mean(kl)}
     expected["calibration_error"] = calibration_error(np.array(confidence), np.array(right))
     assert found.figures() == pytest.approx(expected, rel=1e-4)
+    padded = AutoModelForCausalLM.from_config(model.config).eval()
+    padded.load_state_dict(model.state_dict())
+    padded.resize_token_embeddings(len(tokenizer) + 50, mean_resizing=False)  # rows that no word has
+    wider = predictions(other, [rows], 3, mask_padding=False, reference=padded).figures()
+    assert wider["kl"] == pytest.approx(np.mean(kl), rel=1e-4)
     itself = predictions(model, [rows], 3, mask_padding=False, reference=model).figures()
     assert itself["kl"] == pytest.approx(0, abs=1e-7) and itself["same_top"] == 1
+
+
+# Beside another model
+
+
+def opened(folder: Path, made: tuple) -> Opened:
+    for part in made:
+        part.save_pretrained(folder)
+    return open_model(str(folder))
+
+
+def test_what_a_new_token_costs_is_of_one_behind_the_prompt(tmp_path):
+    """The cache does not grow, however often: a model without further positions would fail at it."""
+    tokenizer = byte_tokenizer("causal")
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=24, n_embd=16, n_layer=1, n_head=1)
+    call = repeated(opened(tmp_path, (AutoModelForCausalLM.from_config(config), tokenizer)))
+    with torch.inference_mode():
+        for _ in range(40):
+            call()
+
+
+def test_a_reference_of_fewer_positions_reads_no_more_than_it_can(tmp_path):
+    tokenizer = byte_tokenizer("causal")
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=16, n_layer=1, n_head=1)
+    short = opened(tmp_path / "short", (AutoModelForCausalLM.from_config(config), tokenizer))
+    models = {"short": short, "long": opened(tmp_path / "long", causal())}
+    found = {name: judging.Judged(name, {}) for name in models}
+    documents = ["a document of more than sixteen bytes, and of more than the sixty-four of the other one " * 2] * 6
+    judging.add_predictions(found, models, documents)
+    alone = {"long": judging.Judged("long", {})}
+    judging.add_predictions(alone, {"long": models["long"]}, documents)
+    assert found["long"].figures["kl"] > 0 and 0 <= found["long"].figures["same_top"] <= 1
+    for name, figure in alone["long"].figures.items():  # in its own windows
+        assert found["long"].figures[name] == figure
+
+
+def test_likelihoods_of_another_kind_are_not_compared():
+    tokens_D, bytes_D = np.full(8, 10.0), np.full(8, 30.0)
+    nats_D = np.arange(20.0, 28.0)
+    one = judging.Scored(nats_D, tokens_D, bytes_D)
+    assert judging.interval_of_excess(judging.Scored(nats_D, tokens_D, bytes_D, "masked"), one) is None
+    fewer = judging.Scored(nats_D, tokens_D, bytes_D - 3)  # which leaves out the first tokens
+    assert judging.interval_of_excess(fewer, one) == pytest.approx((100 / 9, 100 / 9))
+    first = judging.Judged("a", {"bits_per_byte": 1.0}, kind="causal")
+    assert excess_in_words(first)(judging.Judged("b", {"bits_per_byte": 0.5}, kind="masked")) == "of another kind"
+
+
+def test_weights_that_are_there_twice_count_once(tmp_path):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).write_bytes(b"x" * 10)
+    assert bytes_of_weights(tmp_path) == 10
+    (tmp_path / "model-2.safetensors").write_bytes(b"x" * 5)
+    assert bytes_of_weights(tmp_path) == 15
 
 
 # What a model writes
@@ -394,12 +554,35 @@ def test_a_model_writes_the_same_in_any_batch_and_ends_where_it_says(monkeypatch
     assert [text.ids for text in generations.written(model, tokenizer, prompts, 12, 0.0)] == [t.ids for t in greedy]
     sampled = [generations.written(model, tokenizer, prompts, 12, 1.0, seed) for seed in (0, 0, 1)]
     assert sampled[0] == sampled[1] != sampled[2]
+    own = model.generation_config
+    own.repetition_penalty, own.top_p, own.do_sample = 5.0, 0.3, True  # of a file beside a model
+    assert generations.written(model, tokenizer, prompts, 12, 0.0) == greedy and model.generation_config is own
+    assert generations.written(model, tokenizer, prompts, 12, 1.0, 0) == sampled[0]
     first = greedy[0].ids[0]
     model.generation_config.eos_token_id = first  # what it writes first is now the end
     (ended,) = generations.written(model, tokenizer, prompts[:1], 12, 0.0)
     assert ended.ended and ended.ids == [] and ended.text == ""
     found = generations.judged([ended, *greedy[1:]], generations.Memory(b"x" * 100)).figures()
-    assert found["empty"] == found["ended"] == 0.2 and found["longest_copied_bytes"] >= 0
+    assert found["empty"] == found["ended"] == 0.2 and found["longest_copied_bytes"] == 0
+
+
+def test_texts_are_written_behind_as_many_documents_as_are_long_enough():
+    model, tokenizer = causal()
+    documents = ["short", "no"] * 40 + [f"a document that is long enough {i}" for i in range(6)]
+    loaded = LoadedModel("here", "causal", model, tokenizer)
+    found = of_writing(loaded, documents, 4, 8, 4, 1.0, 0, None)
+    assert len(found["what the model writes"]) == len(found["what follows in the text"]) == 4
+
+
+def test_figures_of_a_task_that_are_no_means_have_no_interval(monkeypatch, tmp_path):
+    scores = np.array([1.0] * 83 + [0.0] * 17)
+    found = TaskScores("f1_macro", True, {"loss": 0.5, "accuracy": 0.83, "f1_macro": 0.8}, scores, [], None)
+    monkeypatch.setattr(tasks, "task_scores", lambda config, folder: found)
+    monkeypatch.setattr(tasks, "find_folder", lambda model: model)
+    measures = tasks.of_tuning(str(tmp_path), tmp_path / "config.yaml")
+    assert list(measures.figures()) == ["f1_macro", "loss", "accuracy", "score of an example"]
+    low, high = measures.intervals()["accuracy"]
+    assert 0.7 < low < 0.8 < 0.86 < high < 0.95 and set(measures.intervals()) == {"accuracy", "score of an example"}
 
 
 # Intervals
@@ -452,7 +635,11 @@ def test_a_folder_is_judged_by_files_of_questions(tmp_path, capsys):
     ("flags", "said"),
     [
         (["--task", "choices"], "pass files by --data.path"),
-        (["--task", "choices", "--data.path", "{}", "--stride", "4"], "--stride is for texts"),
+        (["--task", "choices", "--data.path", "{}", "--stride", "4"], "--stride changes nothing with --task choices"),
+        (["--task", "tuned", "--data.path", "{}"], "--data.path changes nothing with --task tuned"),
+        (["--task", "tuned", "--dtype", "auto"], "--dtype changes nothing with --task tuned"),
+        (["--config", "{}", "--data.path", "{}"], "--config changes nothing with --task text"),
+        (["--task", "pairs", "--data.path", "{}", "--document_start", "true"], "--document_start changes nothing"),
         (["--task", "pairs", "--data.path", "{}"], "wants sentence_good and sentence_bad"),
         (["--task", "tuned"], "no config.yaml of a fine-tuning"),
         (["--task", "bbq", "--data.path", "{}"], "is none of BBQ"),
@@ -520,6 +707,25 @@ def test_the_same_rows_score_as_in_lm_eval(tmp_path, capsys):
     assert found["copa"]["acc"] == theirs["copa"]["acc,none"] and found["copa"]["acc_stderr"] > 0
     score.main(["--model", str(model), *harness])
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_a_filtered_metric_of_lm_eval_has_its_error():
+    found = harness.metrics_of({"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.1, "acc,none": 1})
+    (metric, acc) = harness.lines({"gsm8k": found})[1:]
+    assert "exact_match strict-match" in metric and "± 0.1000" in metric and "±" not in acc
+
+
+def test_of_a_data_set_with_a_held_out_split_that_one_is_scored(monkeypatch, capsys):
+    from datamodules import sources
+
+    rows = {name: SimpleNamespace(pieces=lambda *_, n=name: [SimpleNamespace(begins_document=True, text=n)])
+            for name in ("train", "validation")}  # fmt: skip
+    monkeypatch.setattr(sources, "is_hub_name", lambda path: True)
+    monkeypatch.setattr(sources, "hub_splits", lambda name, flag: (rows["train"], rows["validation"]))
+    assert list(score.read_documents(score.Texts(path="me/texts"))) == ["validation"]
+    assert "of me/texts the validation split is read" in capsys.readouterr().err
+    monkeypatch.setattr(sources, "hub_splits", lambda name, flag: (rows["train"], None))
+    assert list(score.read_documents(score.Texts(path="me/texts"))) == ["train"]
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data")

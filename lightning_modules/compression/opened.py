@@ -146,5 +146,8 @@ def written_whole(folder: Path, opened: Opened, step: dict[str, object]) -> Iter
 
 
 def bytes_of_weights(folder: str | Path) -> int:
-    kinds = ("*.safetensors", "*.onnx", "*.onnx.data", "pytorch_model*.bin")
-    return sum(file.stat().st_size for kind in kinds for file in Path(folder).glob(kind))
+    """Of the first kind that is there, of which a model is read."""
+    for kinds in (("*.onnx", "*.onnx.data"), ("*.safetensors",), ("pytorch_model*.bin",)):
+        if files := [file for kind in kinds for file in Path(folder).glob(kind)]:
+            return sum(file.stat().st_size for file in files)
+    return 0

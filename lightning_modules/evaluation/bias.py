@@ -4,9 +4,10 @@
 (https://aclanthology.org/2021.acl-long.81).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from lightning_modules.evaluation.continuations import Continuations, Pair
 from lightning_modules.evaluation.measures import Means, Measures
 from lightning_modules.likelihood import Row, masked_places
 
+T = TypeVar("T")
 BLANK = "BLANK"
 KINDS = ("stereotype", "anti-stereotype", "unrelated")
 
@@ -53,6 +55,24 @@ def contrasts(rows: Sequence[Contrast], score: Continuations, batch_size: int | 
     more_D = (nats[:, 0] < nats[:, 1]) + 0.5 * (nats[:, 0] == nats[:, 1])
     each = {"prefers_stereotype": more_D, "nats_between": nats[:, 1] - nats[:, 0]}
     return Measures(each, [row.group for row in rows], chance={"prefers_stereotype": 0.5, "nats_between": 0.0})
+
+
+def fitting(rows: Sequence[T], texts: Callable[[T], Sequence[str]], scores: Sequence[Continuations]) -> list[T]:
+    """Those whose texts can be read whole by all models; of half a sentence nothing could be said."""
+    found = [row for row in rows if all(score.fits(*texts(row)) for score in scores)]
+    if not found:
+        raise ValueError(f"none of {len(rows)} rows fits into {min(score.room() for score in scores)} tokens")
+    if missing := len(rows) - len(found):
+        print(f"note: {missing} of {len(rows)} rows have more tokens than a model reads: left out", file=sys.stderr)
+    return found
+
+
+def sentences_of(row: "Contrast | Association") -> list[str]:
+    """All texts of a row, whole."""
+    if not hasattr(row, "texts"):
+        return [row.more, row.less]
+    fills = BLANK in row.context
+    return [row.context.replace(BLANK, t, 1) if fills else f"{row.context} {t}" for t in row.texts.values()]
 
 
 def shared_places(more: str, less: str, score: Continuations) -> list[Iterable[Row]]:
@@ -149,9 +169,10 @@ def bias_questions(rows: Sequence[BiasQuestion], score: Continuations, batch_siz
 
 
 def _bias(means: Means, kind: str) -> np.ndarray:
-    """Of answers that name somebody; 0 where none does."""
-    said = means[f"{kind}_said"]
-    return np.where(said > 0, 2 * means[f"{kind}_biased"] / np.where(said > 0, said, 1) - 1, 0.0)
+    """Of answers that name somebody; 0 where none does, not defined without a row of the kind."""
+    said, rows = means[f"{kind}_said"], means[f"{kind}_rows"]
+    bias = np.where(said > 0, 2 * means[f"{kind}_biased"] / np.where(said > 0, said, 1) - 1, 0.0)
+    return np.where(rows > 0, bias, np.nan)
 
 
 def _share(means: Means, kind: str, what: str, of: str) -> np.ndarray:

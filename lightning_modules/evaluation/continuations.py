@@ -60,7 +60,8 @@ class Continuations:
         model: A causal or a masked language model.
         tokenizer: Its tokenizer.
         masked: Which of the two it is.
-        max_positions: Tokens that the model can read at once; None: any number. Of longer texts the end is read.
+        max_positions: Tokens that the model can read at once; None: any number, and 4096 are read. Of longer texts the
+            end is read, and `cut` counts them.
         document_start: Whether a text begins with the token that opens a document (bos, else eos). Left out: as the
             tokenizer does it; where the context is empty, always.
     """
@@ -74,7 +75,9 @@ class Continuations:
         document_start: bool | None = None,
     ):
         self.model, self.tokenizer, self.masked, self.document_start = model, tokenizer, masked, document_start
-        self.longest = min(max_positions or LONGEST_WINDOW, LONGEST_WINDOW)
+        self.longest = max_positions or LONGEST_WINDOW
+        self.cut = 0
+        """Texts of which the end alone was read."""
         self.start_id, *self.around = special_ids(tokenizer, masked, "a")
         if not masked and self.start_id is None:
             raise ValueError("the tokenizer has neither bos nor eos, which a text begins with; pass its own")
@@ -110,16 +113,25 @@ class Continuations:
     def rows(self, pair: Pair) -> Iterator[Row]:
         context, continuation = self.ids_of(pair)
         if not self.masked:
+            self.cut += len(context) + len(continuation) > self.longest + 1
             ids = [*context, *continuation][-(self.longest + 1) :]
             inputs, count = ids[:-1], min(len(continuation), len(ids) - 1)
             if count:
                 yield Row(inputs, list(range(len(inputs) - count, len(inputs))), ids[-count:])
             return
         before, after = self.around
-        width = self.longest - len(before) - len(after)
+        width = self.room()
+        self.cut += len(context) + len(continuation) > width
         ids = [*context, *continuation][-width:]
         places = range(max(0, len(ids) - len(continuation)), len(ids))
         yield from masked_places(ids, places, self.tokenizer.mask_token_id, before, after)
+
+    def room(self) -> int:
+        """Tokens of a text that fit into the model."""
+        return self.longest - sum(map(len, self.around)) if self.masked else self.longest
+
+    def fits(self, *texts: str) -> bool:
+        return all(len(self.plain(text)) <= self.room() for text in texts)
 
     def ids_of(self, pair: Pair) -> tuple[list[int], list[int]]:
         context, continuation = pair
@@ -140,7 +152,7 @@ class Continuations:
         """Where both together are no more tokens than the context, what follows is made tokens by itself: nothing would
         be the most probable answer."""
         rest = whole[len(before) :]
-        return (whole[: len(before)], rest) if rest else (before, self.plain(continuation))
+        return (before, rest) if rest else (before, self.plain(continuation))
 
     def plain(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]

@@ -40,13 +40,36 @@ def written(
     temperature: float,
     seed: int = 0,
 ) -> list[Text]:
-    """Of prompts of one length, so that there is no padding. Temperature 0 takes the likeliest token."""
-    ends = network.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or [tokenizer.eos_token_id])
+    """Of prompts of one length, so that there is no padding. Temperature 0 takes the likeliest token.
+
+    Of the model's own settings only where it ends counts: cut or penalised samples would say less of it.
+    """
+    own = network.generation_config
+    ends = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or [])
     sampled = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=min(ends), use_cache=True, **sampled
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=0),
+        use_cache=True,
+        **sampled,
     )
+    network.generation_config = settings  # by which generate() would fill what is left open
+    try:
+        return _written(network, tokenizer, prompts, settings, ends, seed)
+    finally:
+        network.generation_config = own
+
+
+def _written(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationConfig,
+    ends: set[int],
+    seed: int,
+) -> list[Text]:
     found = []
     with torch.random.fork_rng(devices=[network.device] if network.device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -54,6 +54,7 @@ def lines(results: Results) -> list[str]:
         found.append(task)
         for name, value in metrics.items():
             if "_stderr" not in name:
-                error = metrics.get(f"{name}_stderr")
+                metric, blank, filtered = name.partition(" ")
+                error = metrics.get(f"{metric}_stderr{blank}{filtered}")
                 found.append(f"  {name:<22}{value:>10.4f}" + ("" if error is None else f"  ± {error:.4f}"))
     return found

@@ -17,9 +17,26 @@ FURTHER = {
 }
 """Titles of what is shown where it was asked for."""
 LESS_IS_BETTER = (
-    *("bits_per_byte", "nats_per_token", "loss", "perplexity", "mse"),
-    *("kl", "calibration_error", "prefers_stereotype"),
+    *("bits_per_byte", "nats_per_token", "loss", "perplexity", "mse", "kl", "calibration_error"),
+    *("parameters", "nonzero", "bytes", "bytes_in_memory", "prompt_ms", "token_ms", "joules", "text_joules"),
 )
+
+
+def worse(one: Judged, name: str) -> float:
+    """A figure as less is better: 0.5 is the best share of stereotypes, of other figures the least or the most."""
+    figure = one.figures[name]
+    if name == "prefers_stereotype":
+        return abs(figure - 0.5)
+    less_is_better = not one.more_is_better if name == one.metric else name in LESS_IS_BETTER
+    return figure if less_is_better else -figure
+
+
+def unbeaten(found: Sequence[Judged], cost: str, quality: str) -> list[Judged]:
+    """In the order of cost, those that no other is as good as in both and better in one; of equal ones the first."""
+    by_pair: dict[tuple[float, float], Judged] = {}
+    for one in found:
+        by_pair.setdefault((worse(one, cost), worse(one, quality)), one)
+    return sorted((by_pair[pair] for pair in pareto(list(by_pair))), key=lambda one: one.figures[cost])
 
 
 def table(found: list[Judged]) -> str:
@@ -55,9 +72,11 @@ def cells(found: list[Judged]) -> list[list[str]]:
     columns |= {"ms/prompt": figure("prompt_ms", 1), "ms/token": figure("token_ms", 2)} if written else {}
     columns |= {} if written else {"ms/text": figure("prompt_ms", 1)}
     columns["of it "] = share_of(first, "token_ms" if written else "prompt_ms", 2)
-    if any("joules" in one.figures for one in found):
-        how = "" if first.joules_by.startswith("measured") else ", estimated"
-        columns[f"J/{'token' if written else 'text'}{how}"] = figure("joules")
+    for what, name in (("token", "joules"), ("text", "text_joules")):
+        drawn = [one.joules_by for one in found if name in one.figures]
+        if drawn:
+            how = "" if all(by.startswith("measured") for by in drawn) else ", estimated"
+            columns[f"J/{what}{how}"] = figure(name)
     rows = [["", *(title.strip() for title in columns)]]
     return rows + [[one.name, *(cell(one) for cell in columns.values())] for one in found]
 
@@ -81,6 +100,8 @@ def excess_in_words(first: Judged) -> Callable[[Judged], str]:
     def words(one: Judged) -> str:
         if one is first or "bits_per_byte" not in one.figures:
             return ""
+        if one.kind != first.kind:
+            return "of another kind"
         more = 100 * (one.figures["bits_per_byte"] / first.figures["bits_per_byte"] - 1)
         ends = one.changes.get("excess")
         return f"{more:+.2f} %" + (f" ({ends.low:+.2f} to {ends.high:+.2f})" if ends else ", of few documents")
@@ -107,18 +128,16 @@ def draw(found: list[Judged], quality: str, file: Path) -> None:
     """A figure against bytes on disk, and against the time of a token; nothing is better than the line in both."""
     from matplotlib.figure import Figure
 
-    sign = 1 if quality in LESS_IS_BETTER else -1
     time = "token_ms" if "token_ms" in found[0].figures else "prompt_ms"
     labels = {"bytes": "MB on disk", "token_ms": "milliseconds of a new token", "prompt_ms": "milliseconds of a text"}
     picture = Figure(figsize=(11, 4.5), layout="constrained")
     for axis, cost in zip(picture.subplots(1, 2, sharey=True), ("bytes", time), strict=True):
         unit = 1e6 if cost == "bytes" else 1
-        pairs = [(one.figures[cost] / unit, sign * one.figures[quality]) for one in found]
-        best = [(cost, sign * figure) for cost, figure in pareto(pairs)]
+        best = [(one.figures[cost] / unit, one.figures[quality]) for one in unbeaten(found, cost, quality)]
         axis.step(*zip(*best, strict=True), where="post", color="0.8", zorder=0)
-        for one, (x, y) in zip(found, pairs, strict=True):
-            axis.plot(x, sign * y, "o", label=short_name(one.name))
-        axis.set(xlabel=labels[cost], xlim=(0, 1.15 * max(x for x, _ in pairs)))
+        for one in found:
+            axis.plot(one.figures[cost] / unit, one.figures[quality], "o", label=short_name(one.name))
+        axis.set(xlabel=labels[cost], xlim=(0, 1.15 * max(one.figures[cost] / unit for one in found)))
         axis.grid(alpha=0.3)
     picture.axes[0].set_ylabel(quality.replace("_", " "))
     picture.legend(*picture.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)

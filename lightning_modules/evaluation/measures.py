@@ -3,12 +3,13 @@
 Shape suffixes: D documents, questions or pairs, S draws.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from lightning_modules.bootstrap import FEWEST, Interval, interval, sums
+from lightning_modules.bootstrap import DRAWS, FEWEST, Interval, interval, sums
 
 Means = dict[str, np.ndarray]
 
@@ -21,27 +22,31 @@ class Measures:
         each: By its name what every one of them counts, (D,).
         groups: The group of each, "" where there is none.
         figures_of: Figures by name, from the means of what is counted. Left out: these means. The first is what is
-            judged by.
+            judged by. What is not defined, such as a share of none, is left out.
         chance: What would come of guessing, of figures by name.
+        fixed: Figures of all together that are no means, and have no interval.
     """
 
     each: dict[str, np.ndarray]
     groups: list[str]
     figures_of: dict[str, Callable[[Means], np.ndarray]] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
+    fixed: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def figures(self) -> dict[str, float]:
-        return {name: float(value) for name, value in self._figures(self.means()).items()}
+        found = {name: float(value) for name, value in self._figures(self.means()).items()}
+        return self.fixed | {name: value for name, value in found.items() if not math.isnan(value)}
 
     def intervals(self) -> dict[str, Interval]:
-        """{} of too few."""
+        """{} of too few; of the draws in which a figure is defined, where it is in most."""
         if len(self) < FEWEST:
             return {}
         means_S = dict(zip(self.each, (s / len(self) for s in sums(*self.each.values())), strict=True))
-        return {name: interval(values_S) for name, values_S in self._figures(means_S).items()}
+        drawn = {name: values_S[~np.isnan(values_S)] for name, values_S in self._figures(means_S).items()}
+        return {name: interval(values_S) for name, values_S in drawn.items() if len(values_S) > DRAWS / 2}
 
     def means(self) -> Means:
         return {name: values_D.mean() for name, values_D in self.each.items()}
@@ -77,8 +82,9 @@ class Measures:
         ]
         groups = self.by_group()
         width = max(map(len, groups), default=0)
+        first = next(iter(self.figures()), "")
         for name, part in groups.items():
-            lines.append(f"    {name:<{width}}  {len(part):>6,}  {next(iter(part._in_words().values()))}")
+            lines.append(f"    {name:<{width}}  {len(part):>6,}  {part._in_words().get(first, '')}".rstrip())
         return lines
 
     def _in_words(self) -> dict[str, str]:

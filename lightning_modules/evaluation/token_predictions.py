@@ -61,8 +61,10 @@ def _facts(logits_nV: Tensor, targets_n: Tensor, of_reference_nV: Tensor | None)
     best, top_n = log_q_nV.max(-1)
     found = {"tokens": torch.ones_like(best), "right": (top_n == targets_n).float(), "confidence": best.exp()}
     if of_reference_nV is not None:
-        log_p_nV = of_reference_nV.float().log_softmax(-1)
-        found["same_top"] = (log_p_nV.argmax(-1) == top_n).float()
+        found["same_top"] = (of_reference_nV.argmax(-1) == top_n).float()
+        width = min(logits_nV.shape[-1], of_reference_nV.shape[-1])  # embeddings may have rows that no word has
+        log_p_nV = of_reference_nV[:, :width].float().log_softmax(-1)
+        log_q_nV = log_q_nV if width == logits_nV.shape[-1] else logits_nV[:, :width].float().log_softmax(-1)
         found["kl"] = (log_p_nV.exp() * (log_p_nV - log_q_nV)).sum(-1)
     return {name: value.double().cpu().numpy() for name, value in found.items()}
 

@@ -1,9 +1,10 @@
 """compare.html: models beside each other in one table, where each stands for its cost, and the curves of their runs."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_modules.evaluation.judged_table import LESS_IS_BETTER, cells, pareto, short_name
+from lightning_modules.evaluation.judged_table import cells, short_name, unbeaten
 from lightning_modules.evaluation.judging import Judged
 from lightning_modules.pages import charts
 from lightning_modules.pages.page import page, section, table
@@ -15,7 +16,8 @@ TITLES = {
     "parameters": "parameters",
     "token_ms": "milliseconds of a new token",
     "prompt_ms": "milliseconds of a prompt",
-    "joules": "joules",
+    "joules": "joules a new token",
+    "text_joules": "joules a text",
     "bits_per_byte": "bits per byte",
     "prefers_stereotype": "prefers the stereotype",
 }
@@ -43,10 +45,8 @@ def comparison_page(found: Sequence[Judged], axes: Sequence[tuple[str, str]], ab
 
 def scatter(found: Sequence[Judged], cost: str, quality: str) -> str:
     some = [one for one in found if cost in one.figures and quality in one.figures]
-    sign = 1 if quality in LESS_IS_BETTER else -1  # of costs less is better, always
-    pairs = [(one.figures[cost], sign * one.figures[quality]) for one in some]
-    best = [(x, sign * y) for x, y in pareto(pairs)]
-    shown = [(short_name(one.name), (x, sign * y)) for one, (x, y) in zip(some, pairs, strict=True)]
+    best = [(one.figures[cost], one.figures[quality]) for one in unbeaten(some, cost, quality)]
+    shown = [(short_name(one.name), (one.figures[cost], one.figures[quality])) for one in some]
     names = [TITLES.get(name, name.replace("_", " ")) for name in (cost, quality)]
     return charts.points(f"{names[1].capitalize()} by {names[0]}", *names, shown, best)
 
@@ -54,7 +54,10 @@ def scatter(found: Sequence[Judged], cost: str, quality: str) -> str:
 def run_of(model: str) -> Run | None:
     for folder in (Path(model), Path(model).parent):
         if (folder / "metrics.csv").is_file():
-            return read_run(folder)
+            try:
+                return read_run(folder)
+            except ValueError as error:  # a damaged file beside a model costs its curves alone
+                print(f"note: {error}", file=sys.stderr)
     return None
 
 
