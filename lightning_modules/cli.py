@@ -22,7 +22,7 @@ import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from transformers import PreTrainedConfig
@@ -74,19 +74,23 @@ NEVER = ("lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callba
 CALLBACKS = (Layers, ModelArtifact, FakeQuantization, SparseWeights)
 """Those that are added by --trainer.callbacks+=NAME: their names are enough, since their classes are imported here."""
 
+OF_FIT = ("ckpt_path", "weights_only")
+"""Which verbs such as explain do not take, to whom a run's config.yaml is given as it is."""
 FLAT = str | int | float | bool | list | dict | None
 
 
 class Parser(OneLineParser, LightningArgumentParser):
     """Knows `from`, which no argument in Python can be called, as `from_`, and a student that names layers as the class
-    that it is."""
+    that it is; a run's config.yaml is read by verbs that take no checkpoint, too."""
 
     def _load_config_parser_mode(self, content: str, *args, **settings) -> Namespace:
-        if re.search(r"""\b(from|teacher_layers)["']?:""", content):
+        taken = {action.dest for action in self._actions}
+        idle = [name for name in OF_FIT if name not in taken and f"{name}:" in content]
+        if idle or re.search(r"""\b(from|teacher_layers)["']?:""", content):
             config = yaml.safe_load(content)
             if isinstance(config, dict):
                 _named(config.get("model"))
-                content = yaml.safe_dump(config, sort_keys=False)
+                content = yaml.safe_dump({k: v for k, v in config.items() if k not in idle}, sort_keys=False)
         return super()._load_config_parser_mode(content, *args, **settings)
 
 
@@ -307,9 +311,7 @@ class RecipeCLI(LightningCLI):
         if self.subcommand == "fit":
             settings["callbacks"].append(Agreement(flags_of(self.config[self.subcommand])))
         trainer = super().instantiate_trainer(**settings)
-        # Comparison and FakeQuantization add to what Report has written; Recovery may leave: all others first.
-        last = (FakeQuantization, ModelArtifact, Push, Comparison, Recovery)
-        trainer.callbacks.sort(key=lambda callback: last.index(type(callback)) if type(callback) in last else -1)
+        trainer.callbacks.sort(key=place_of)
         return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, object]:
@@ -317,7 +319,8 @@ class RecipeCLI(LightningCLI):
         if subcommand != "explain":
             return settings
         final = explaining.flat(self.config[subcommand])
-        return settings | {"settings": explaining.origins(self.parsed, final, self.words)}
+        defaults = explaining.flat(self._parser(subcommand).get_defaults())
+        return settings | {"settings": explaining.origins(self.parsed, final, self.words, defaults)}
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:
@@ -329,6 +332,15 @@ class RecipeCLI(LightningCLI):
             origin = getattr(self.model, "origin", None)
             of = "freshly initialised weights" if origin is None else f"{origin} as it is"
             print(f"no --ckpt_path given: these are the numbers of {of}", file=sys.stderr)
+
+
+def place_of(callback: Callback) -> int:
+    """Speed after all that may end the run; then checkpoints; Comparison and FakeQuantization add to what Report has
+    written, and Recovery may leave."""
+    last = (FakeQuantization, ModelArtifact, Push, Comparison, Recovery)
+    if isinstance(callback, Speed):
+        return 1
+    return 3 + last.index(type(callback)) if type(callback) in last else 2 * isinstance(callback, Checkpoint)
 
 
 def leave_page(folder: Path) -> None:

@@ -53,6 +53,8 @@ TASKS: Sections = {
     "The task": (
         Panel("Labels: accuracy", ("val/accuracy",)),
         Panel("Labels: macro F1, MCC", ("val/f1_macro", "val/mcc")),
+        Panel("Numbers: Pearson, Spearman", ("val/pearson", "val/spearman")),
+        Panel("Numbers: squared error", ("val/mse",), True),
         Panel("Answers: F1, exact match", ("val/f1", "val/exact_match")),
         Panel("Texts: BLEU, chrF", ("val/bleu", "val/chrf")),
         Panel("Texts: ROUGE", ("val/rouge1", "val/rouge2", "val/rougeL")),

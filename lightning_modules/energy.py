@@ -11,6 +11,10 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from codecarbon.output import EmissionsData
 
 JOULES_PER_KWH = 3.6e6
 WORLD = "WLD"
@@ -50,10 +54,11 @@ class Meter:
 
     Args:
         country: By whose electricity CO2e is counted, such as DEU; None: the world's average.
+        works: cpu or cuda, what computes: where its own energy is estimated, all of it is said to be.
     """
 
-    def __init__(self, country: str | None = None):
-        self.country, self.drawn = country or WORLD, Energy()
+    def __init__(self, country: str | None = None, works: str = "cpu"):
+        self.country, self.works, self.drawn = country or WORLD, works, Energy()
         self._tracker = None
         self._starting: threading.Thread | None = None
 
@@ -79,35 +84,49 @@ class Meter:
 
     def read(self) -> Energy:
         """So far; goes on."""
-        self.stop()
-        self._start()
-        return self.drawn
+        self._wait()
+        if self._tracker is None:
+            return self.drawn
+        try:
+            self._tracker.flush()
+            return self.drawn + self._energy(self._tracker._prepare_emissions_data())
+        except Exception as error:
+            self._give_up(error)
+            return self.drawn
 
-    def stop(self) -> Energy:
+    def _wait(self) -> None:
         if self._starting is not None:
             self._starting.join()
             self._starting = None
+
+    def _energy(self, found: "EmissionsData") -> Energy:
+        return Energy(JOULES_PER_KWH * found.energy_consumed, 1000 * found.emissions, how(self.works))
+
+    def stop(self) -> Energy:
+        self._wait()
         if self._tracker is not None:
             try:
                 self._tracker.stop()
-                found = self._tracker.final_emissions_data
-                self.drawn += Energy(JOULES_PER_KWH * found.energy_consumed, 1000 * found.emissions, how())
+                self.drawn += self._energy(self._tracker.final_emissions_data)
             except Exception as error:
                 self._give_up(error)
             self._tracker = None
         return self.drawn
 
 
-def how() -> str:
-    """measured: … (estimated: …), or estimated: …"""
+def how(works: str) -> str:
+    """measured: … (estimated: …), or estimated: … (measured: …), as that of what computes is."""
     from codecarbon.core.cpu import is_rapl_available
     from codecarbon.core.gpu import is_gpu_details_available
 
     measured = ["GPU"] if is_gpu_details_available() else []
     measured += ["CPU"] if is_rapl_available() else []
     estimated = [*([] if "CPU" in measured else ["CPU by its rating and load"]), "memory by its size"]
-    words = f"estimated: {', '.join(estimated)}"
-    return f"measured: {', '.join(measured)} ({words})" if measured else words
+    words = [f"measured: {', '.join(measured)}", f"estimated: {', '.join(estimated)}"]
+    if not measured:
+        return words[1]
+    first, second = words if ("GPU" if works == "cuda" else "CPU") in measured else words[::-1]
+    return f"{first} ({second})"
 
 
 def joules_of(call: Callable[[], object], times: int, meter: Meter | None = None) -> Energy:

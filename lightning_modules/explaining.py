@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from lightning_modules import energy
 from lightning_modules.finetune import FineTune
 from lightning_modules.schedules import Constant, Schedule
 
@@ -25,10 +26,11 @@ COMPUTED = {
 """Settings that follow from something else, and from what, where they are other than what was said."""
 LINKED = {
     "data.objective": "linked: --model",
-    **{f"model.architecture.{name}": "computed: the tokenizer" for name in ("vocab_size", "pad_token_id")},
-    **{f"model.architecture.{name}": "computed: the tokenizer" for name in ("bos_token_id", "eos_token_id")},
+    **{f"model.architecture.{name}_token_id": "computed: the tokenizer" for name in ("pad", "bos", "eos")},
 }
 """Settings that are always another's."""
+VOCABULARY, POSITIONS = "model.architecture.vocab_size", "model.architecture.max_position_embeddings"
+"""Follow from the data where nothing is said of them."""
 OF_THE_COMMAND = ("config", "ckpt_path")
 
 
@@ -37,50 +39,60 @@ class Setting:
     name: str
     value: str
     origin: str
+    is_default: bool = False
+    """Whether it is what it would be without having been said."""
+    overrules: bool = False
+    """Whether it was said, and is computed all the same."""
 
 
-def origins(parsed: dict[str, object], final: dict[str, object], words: list[str]) -> list[Setting]:
+def origins(
+    parsed: dict[str, object], final: dict[str, object], words: list[str], defaults: dict[str, object]
+) -> list[Setting]:
     """Of each setting, what is used and where it was said last.
 
     Args:
         parsed: By name, as flags and files say it.
         final: The same once the rest is known.
         words: Of the command line.
+        defaults: What it is where nobody says it.
     """
-    given, files = flags_and_files(words)
-    found = []
+    said_by, found = last_said(words), []
     for name, value in final.items():
         if name in OF_THE_COMMAND:
             continue
+        origin = said_by.get(name, DEFAULT)
         if name in LINKED:
-            origin = LINKED[name]
+            value, origin = value if name == "data.objective" else "as the data has it", LINKED[name]
+        elif name == VOCABULARY and origin == DEFAULT:
+            value, origin = "as the data has it", "computed: the tokenizer"
+        elif name == POSITIONS and origin == DEFAULT and (length := final.get("data.seq_len") or 0) > (value or length):
+            value, origin = length, "computed: --data.seq_len"
         elif name in COMPUTED and value != parsed.get(name):
             origin = f"computed: {COMPUTED[name]}"
-        elif name in given:
-            origin = FLAG
-        else:
-            origin = next((file for file, names in reversed(files) if name in names), DEFAULT)
-        found.append(Setting(name, in_words(value), origin))
+        is_default = name in defaults and defaults[name] == value
+        overrules = origin.startswith("computed: --") and name in said_by
+        found.append(Setting(name, in_words(value), origin, is_default, overrules))
     return found
 
 
-def flags_and_files(words: list[str]) -> tuple[set[str], list[tuple[str, set[str]]]]:
-    """Names that flags give, and files in order, each with the names that it gives."""
-    given, files = set(), []
+def last_said(words: list[str]) -> dict[str, str]:
+    """By name, the flag or the file that gives it last, in the order of the command line: that one counts."""
+    found: dict[str, str] = {}
     for place, word in enumerate(words):
         if not word.startswith("-"):
             continue
         name, equals, value = word.partition("=")
         name = name.lstrip("-").removesuffix("+")
-        if name in ("config", "c"):
-            file = value if equals else words[place + 1]
-            files.append((shown(file), set(names_of(yaml.safe_load(Path(file).read_text())))))
-            continue
-        given.add(canonical(name))
         value = value if equals else words[place + 1] if place + 1 < len(words) else ""
-        if value.startswith("{"):
-            given |= {canonical(f"{name}.{inner}") for inner in names_of(yaml.safe_load(value))}
-    return given, files
+        if name in ("config", "c"):
+            found |= dict.fromkeys(names_of(yaml.safe_load(Path(value).read_text())), shown(value))
+        elif value.endswith((".yaml", ".yml")) and Path(value).is_file():  # of a group, such as --energy
+            found |= dict.fromkeys(names_of({name: yaml.safe_load(Path(value).read_text())}), shown(value))
+        else:
+            found[canonical(name)] = FLAG
+            if value.startswith("{"):
+                found |= dict.fromkeys((canonical(f"{name}.{one}") for one in names_of(yaml.safe_load(value))), FLAG)
+    return found
 
 
 def shown(file: str) -> str:
@@ -130,13 +142,14 @@ def lines(settings: list[Setting]) -> list[str]:
 
 
 def remarks(trainer: Trainer, module: LightningModule, data: LightningDataModule, settings: list[Setting]) -> list[str]:
-    said, values = {s.name for s in settings if s.origin != DEFAULT}, {s.name: s.value for s in settings}
+    said = {s.name for s in settings if s.origin != DEFAULT and not s.is_default}
+    values = {s.name: s.value for s in settings}
     found = [
         *about_the_schedule(trainer, module.schedule),
         *about_callbacks(trainer, module),
         *about_time(trainer),
         *about_data(data, said, values),
-        *about_flags(trainer, said, values),
+        *about_flags(trainer, said, values, {s.name for s in settings if s.overrules}),
     ]
     return found
 
@@ -193,21 +206,30 @@ def about_data(data: LightningDataModule, said: set[str], values: dict[str, str]
     for name, needed in (("mask_fraction", "masked"), ("mean_span", "denoising")):
         if f"data.{name}" in said and objective not in (needed, "denoising"):
             yield f"--data.{name} changes nothing: the objective is {objective}"
+    length, positions = (values.get(name, "None") for name in ("data.seq_len", POSITIONS))
+    if "None" not in (length, positions) and int(length) > int(positions):
+        yield f"rows of {length} tokens do not fit the {positions} positions of the architecture: fit refuses them"
     if "data.val_fraction" in said and values.get("data.val_path", "None") != "None":
         yield "--data.val_fraction changes nothing: --data.val_path says what is held out"
     if "data.vocab_size" in said and values.get("data.tokenizer", "None") not in ("None", "bpe"):
         yield "--data.vocab_size changes nothing: the tokenizer that is given has its own words"
 
 
-def about_flags(trainer: Trainer, said: set[str], values: dict[str, str]) -> Iterator[str]:
+def about_flags(trainer: Trainer, said: set[str], values: dict[str, str], overruled: set[str]) -> Iterator[str]:
     if "trainer.gradient_clip_algorithm" in said and not trainer.gradient_clip_val:
         yield "--trainer.gradient_clip_algorithm changes nothing without --trainer.gradient_clip_val"
     if values.get("samples.max_new_tokens") == "0" and said & {"samples.temperature", "samples.prompts"}:
         yield "--samples.temperature and --samples.prompts change nothing: --samples.max_new_tokens is 0"
     if "energy.country" in said and values.get("energy.measure") == "False":
         yield "--energy.country changes nothing: --energy.measure is false"
-    rate = values.get("model.optimizer.lr")
-    if rate is not None and (not math.isfinite(float(rate)) or float(rate) <= 0):
+    if "energy.country" in said and not energy.is_installed():
+        yield "--energy.country changes nothing: codecarbon is not installed"
+    if "push.private" in said and values.get("push.to") == "None":
+        yield "--push.private changes nothing without --push.to"
+    if "trainer.accumulate_grad_batches" in overruled:
+        yield "--trainer.accumulate_grad_batches changes nothing: it follows from --global_batch_size"
+    rate = values.get("model.optimizer.lr", "None")  # Adafactor's may be None: its own
+    if rate != "None" and (not math.isfinite(float(rate)) or float(rate) <= 0):
         yield f"--model.optimizer.lr is {rate}: nothing is learnt"
-    if "trainer.deterministic" in said:
+    if "trainer.deterministic" in said and values.get("trainer.deterministic") != "False":
         yield "--trainer.deterministic: runs are repeated bit by bit without it, and it refuses some operations"

@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
 from lightning_modules.language_module import LanguageModule
+from lightning_modules.model_folder import max_positions
 from lightning_modules.token_loss import shifted_right
 
 
@@ -16,7 +17,10 @@ class CausalLM(LanguageModule):
 
     def sample(self, tokenizer, prompt: str, max_new_tokens: int, temperature: float) -> str:
         """The prompt and what the model writes after it."""
-        ids = _ids(tokenizer, prompt, self.device)
+        ids, limit = _ids(tokenizer, prompt, self.device), max_positions(self.network)
+        if limit is not None:
+            ids = ids[:, : limit - 1]
+            max_new_tokens = min(max_new_tokens, limit - ids.shape[1])
         out = self.network.generate(ids, **_sampling(tokenizer, max_new_tokens, temperature))
         return tokenizer.decode(out[0], skip_special_tokens=True)
 
@@ -30,7 +34,7 @@ class MaskedLM(LanguageModule):
 
     def sample(self, tokenizer, prompt: str, max_new_tokens: int, temperature: float) -> str:
         """The prompt with every sixth token hidden and filled in by the model, in ⟦brackets⟧."""
-        ids = _ids(tokenizer, prompt, self.device)
+        ids = _ids(tokenizer, prompt, self.device)[:, : max_positions(self.network)]
         hidden = torch.arange(ids.shape[1], device=self.device) % 6 == 3
         masked = ids.masked_fill(hidden, tokenizer.mask_token_id)
         filled = torch.where(hidden, self.network(masked).logits.argmax(-1), ids)[0].tolist()

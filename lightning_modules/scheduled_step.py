@@ -156,6 +156,8 @@ class ScheduledStep(ExactStep):
         for name, value in self.found().items():
             # A bare number would become one of torch's default dtype.
             self.log(f"{stage}/{name}", torch.as_tensor(value, dtype=torch.float64), rank_zero_only=False)
+        if self.trainer.state.fn == "fit":  # what all of it is drawn over
+            self.log("tokens", torch.as_tensor(self.tokens, dtype=torch.float64), rank_zero_only=False)
 
     def plan(self) -> dict[str, str]:
         """Rows of the plan that are about the model."""

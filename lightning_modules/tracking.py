@@ -1,6 +1,8 @@
 """Where a run's numbers go: metrics.csv always, Weights & Biases online when logged in, offline when not."""
 
 import csv
+import errno
+import io
 import netrc
 import os
 import secrets
@@ -8,6 +10,8 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from configparser import ConfigParser
+from configparser import Error as ConfigParserError
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -38,11 +42,72 @@ METRICS = (
 
 
 class _Writer(ExperimentWriter):
+    """Rows that cannot be written, such as to a full disk, wait for the next ones; none is torn."""
+
+    _is_told = False
+
     def _check_log_dir_exists(self) -> None:
         """Lightning would delete the metrics of a run that is continued; they stay, and new rows go below."""
-        if self._fs.isfile(self.metrics_file_path):
-            with self._fs.open(self.metrics_file_path, "r") as file:
-                self.metrics_keys = file.readline().strip().split(",")
+        self._header = read_rows(Path(self.metrics_file_path))[0]
+        self.metrics_keys = list(self._header)
+
+    def save(self) -> None:
+        if not self.metrics:
+            return
+        self._record_new_keys()
+        file, keys = Path(self.metrics_file_path), self.metrics_keys
+        try:
+            if self._header != keys or not file.is_file():
+                header, rows = read_rows(file)
+                old = [dict(zip(header, row, strict=True)) for row in rows]
+                write_rows(file, [keys, *([row.get(key, "") for key in keys] for row in old)])
+                self._header = list(keys)
+            append(file, [[row.get(key, "") for key in keys] for row in self.metrics])
+        except OSError as error:
+            if not self._is_told:
+                print(f"warning: {file} cannot be written ({error.strerror}); its rows wait", file=sys.stderr)
+            self._is_told = True
+            return
+        self.metrics, self._is_told = [], False
+
+
+def read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of metrics.csv without those that a kill or a full disk tore; empty where there is none."""
+    try:
+        with file.open(newline="", errors="replace") as lines:
+            header, *rows = list(csv.reader(line.replace("\0", "") for line in lines)) or [[]]
+    except FileNotFoundError:
+        return [], []
+    if "step" not in header:
+        return [], []
+    at = header.index("step")
+    return header, [row for row in rows if len(row) == len(header) and row[at].isdigit()]
+
+
+def write_rows(file: Path, rows: Sequence[Sequence[object]]) -> None:
+    """Whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("w", newline="") as lines:
+        csv.writer(lines, lineterminator="\n").writerows(rows)
+    partial.replace(file)
+
+
+def append(file: Path, rows: Sequence[Sequence[object]]) -> None:
+    """All of them, or OSError and the file as it was."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    content = text.getvalue().encode()
+    place = os.open(file, os.O_WRONLY | os.O_APPEND)
+    try:
+        before = os.fstat(place).st_size
+        try:
+            if os.write(place, content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(place, before)
+            raise
+    finally:
+        os.close(place)
 
 
 class MetricsCSV(CSVLogger):
@@ -203,9 +268,9 @@ def wandb_mode() -> Literal["online", "offline"]:
     """ "online" where there is a key (WANDB_API_KEY or ~/.netrc) and a server that takes it within 2 s."""
     if os.environ.get("WANDB_MODE") == "offline":
         return "offline"
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    host = urlparse(server).hostname
-    key = os.environ.get("WANDB_API_KEY") or _key_in_netrc(host)
+    server = (os.environ.get("WANDB_BASE_URL") or _server_in_settings() or "https://api.wandb.ai").rstrip("/")
+    place = urlparse(server)
+    host, key = place.hostname, os.environ.get("WANDB_API_KEY") or _key_in_netrc(place.netloc)
     if not key:
         return "offline"
     try:
@@ -218,7 +283,17 @@ def wandb_mode() -> Literal["online", "offline"]:
     return "online" if answer.ok else "offline"
 
 
+def _server_in_settings() -> str | None:
+    """Of `wandb login --host`, which writes it down."""
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR", Path.home() / ".config" / "wandb"))
+    settings = ConfigParser(interpolation=None)
+    with suppress(ConfigParserError, OSError, UnicodeDecodeError):
+        settings.read([folder / "settings", Path("wandb") / "settings"])
+    return settings.get("default", "base_url", fallback=None)
+
+
 def _key_in_netrc(host: str) -> str | None:
+    """W&B writes a host with its port."""
     try:
         entry = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
     except (OSError, netrc.NetrcParseError):
@@ -230,12 +305,19 @@ def forget_after(loggers: list[Logger], step: int) -> None:
     """Drops what metrics.csv says of steps after `step`, which are done again."""
     for logger in loggers:
         if isinstance(logger, MetricsCSV) and (file := Path(logger.log_dir) / "metrics.csv").is_file():
-            with file.open(newline="") as lines:
-                header, *rows = list(csv.reader(lines))
-            at = header.index("step")
-            kept = [row for row in rows if int(row[at]) < step]  # Lightning numbers steps from 0
-            with file.open("w", newline="") as lines:
-                csv.writer(lines, lineterminator="\n").writerows([header, *kept])
+            header, rows = read_rows(file)
+            kept = [row for row in rows if int(row[header.index("step")]) < step]  # Lightning numbers steps from 0
+            with written(file):
+                write_rows(file, [header, *kept]) if header else file.unlink()
+
+
+@contextmanager
+def written(file: Path) -> Iterator[None]:
+    """What only tells of a run does not end it: a file that cannot be written is a warning."""
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {file} is not written: {error.strerror or error}", file=sys.stderr)
 
 
 def tag(loggers: list[Logger], *tags: str) -> None:
@@ -258,8 +340,12 @@ def keep_model(loggers: list[Logger], folder: Path, aliases: Sequence[str]) -> N
 
     for logger in loggers:
         if isinstance(logger, ShieldedWandb) and rank_zero_only.rank == 0:
-            artifact = wandb.Artifact(f"model-{logger.version}", type="model")
-            artifact.add_dir(str(folder))
+            try:  # it copies the folder
+                artifact = wandb.Artifact(f"model-{logger.version}", type="model")
+                artifact.add_dir(str(folder))
+            except Exception as error:
+                _warn(f"{_first_line(error)}; {folder} is no artifact")
+                continue
             logger.experiment.log_artifact(artifact, aliases=list(aliases))
 
 
@@ -268,6 +354,7 @@ def finish(loggers: list[Logger]) -> None:
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
+        if isinstance(logger, ShieldedWandb):  # no user's own
             folder = Path(logger.save_dir) / "wandb"
             if not logger.gave_up and folder.exists() and shutil.disk_usage(folder).free < 2**20:
                 _warn(f"the disk of {folder} is full: what is there may lack the end; metrics.csv has it")

@@ -43,15 +43,18 @@ def runs(corpus, reviews, encoder, decoder, tmp_path_factory, shared_cache) -> d
         (folder / "rows.jsonl").write_text(
             "".join(json.dumps({"source": f"say {i}", "target": f"it is {i}"}) + "\n" for i in range(40))
         )
+        (folder / "numbers.csv").write_text("text,label\n" + "".join(f"it is {i},{i / 10}\n" for i in range(60)))
         rows = f"--data.path={folder / 'rows.jsonl'}"
         few = "--data.max_val_examples=4"
         for name, words in {
             "sentiment": [f"--model.from={encoder}", f"--data.path={reviews / 'train.csv'}"],
+            "sentiment_by_numbers": [f"--model.from={encoder}", f"--data.path={folder / 'numbers.csv'}"],
             "question_answering": [f"--model.from={encoder}", f"--data.path={folder / 'spans.json'}"],
             "translation": [f"--model.from={decoder}", rows, few],
             "summarization": [f"--model.from={decoder}", rows, few],
         }.items():
-            config = f"--config={ROOT / 'recipes' / f'finetune_{name}.yaml'}"
+            task = name.removesuffix("_by_numbers")
+            config = f"--config={ROOT / 'recipes' / f'finetune_{task}.yaml'}"
             finetune("fit", config, *words, *short, f"--trainer.default_root_dir={folder / name}")
             names |= logged(folder / name)
         small = {"data.path": corpus, "data.seq_len": 32, "data.batch_size": 4, "trainer.max_steps": 2}

@@ -5,6 +5,7 @@ import socket
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lightning_modules import energy
 from lightning_modules.callbacks.energy import Energy, in_words
@@ -30,8 +31,9 @@ def test_a_meter_adds_up_and_needs_no_network(no_network):
     meter = energy.Meter()
     meter.start()
     busy()
+    busy(5_000_000)  # what is younger than 50 ms is not read again
     first = meter.read()
-    busy()
+    busy(5_000_000)
     second = meter.stop()
     assert 0 < first.joules < second.joules and 0 < first.co2e_grams < second.co2e_grams
     assert second == meter.stop()  # once more changes nothing
@@ -83,6 +85,41 @@ def test_a_run_that_goes_on_adds_to_what_it_had(corpus, tmp_path, monkeypatch):
     assert both["joules"] == 20 and both["co2e_grams"] == 4 and both["by"] == "estimated: ten"
 
 
+def test_a_checkpoint_of_the_end_has_all_and_a_run_that_is_over_keeps_it():
+    callback = Energy(measure=True)
+    callback.before, callback.drawn = energy.Energy(5, 1, "estimated: x"), energy.Energy(25, 3, "estimated: x")
+    taken_up = Energy(measure=True)
+    taken_up.load_state_dict(callback.state_dict())
+    assert taken_up.summary(100)["energy"]["joules"] == 25 and taken_up.summary(100)["energy"]["by"] == "estimated: x"
+
+
+def test_ranks_add_up_whatever_each_machine_has(monkeypatch):
+    """One without codecarbon takes part in the sum, or the others would wait for it."""
+    asked = []
+    trainer = SimpleNamespace(local_rank=0, num_nodes=2, is_global_zero=True)
+    trainer.strategy = SimpleNamespace(reduce=lambda figures, reduce_op: asked.append(reduce_op) or figures)
+    callback = Energy(measure=False)
+    callback.on_train_start(trainer, SimpleNamespace(device=torch.device("cpu")))
+    callback.on_train_end(trainer, SimpleNamespace(device="cpu"))
+    assert asked == ["sum"] and callback.drawn is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "rapl", "works", "said"),
+    [
+        (True, False, "cpu", "estimated: CPU by its rating and load, memory by its size (measured: GPU)"),
+        (True, False, "cuda", "measured: GPU (estimated: CPU by its rating and load, memory by its size)"),
+        (False, True, "cpu", "measured: CPU (estimated: memory by its size)"),
+        (False, False, "cpu", "estimated: CPU by its rating and load, memory by its size"),
+    ],
+)
+def test_what_is_measured_is_what_computes(gpu, rapl, works, said, monkeypatch):
+    monkeypatch.setattr("codecarbon.core.gpu.is_gpu_details_available", lambda: gpu)
+    monkeypatch.setattr("codecarbon.core.cpu.is_rapl_available", lambda: rapl)
+    assert energy.how(works) == said
+    assert energy.Energy(by=said).is_estimate == said.startswith("estimated")
+
+
 def test_what_was_not_measured_is_said(monkeypatch):
     assert energy.is_wanted() is False  # in tests
     assert "not measured" in Energy().words(100) and Energy().summary(100) == {}
@@ -96,7 +133,7 @@ def test_a_meter_that_fails_is_no_zero(monkeypatch, capsys):
     monkeypatch.setattr(energy.Meter, "start", lambda self: None)
     trainer = SimpleNamespace(local_rank=0, num_nodes=1, is_global_zero=True)
     trainer.strategy = SimpleNamespace(reduce=lambda figures, reduce_op: figures)
-    module = SimpleNamespace(device="cpu")
+    module = SimpleNamespace(device=torch.device("cpu"))
     callback.on_train_start(trainer, module)
     callback.on_train_end(trainer, module)
     assert "could not be measured" in capsys.readouterr().err

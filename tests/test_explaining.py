@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_modules.explaining import canonical, names_of
+from lightning_modules.explaining import canonical, names_of, origins
 from tests.faults import SCRIPT
 from tests.finetuning import run as recipe
-from tests.test_recipes import ROOT
+from tests.test_recipes import ROOT, fit
 
 
 def explained(capsys, *words: str, script: Path = SCRIPT) -> tuple[dict[str, tuple[str, str]], list[str]]:
@@ -54,7 +54,7 @@ def test_a_precision_that_was_asked_for_is_not_computed(capsys):
         (["--trainer.max_steps=100"], "there is none before the end"),
         (["--data.mask_fraction=0.3"], "the objective is causal"),
         (["--data.val_path=x.txt", "--data.val_fraction=0.2"], "--data.val_fraction changes nothing"),
-        (["--data.tokenizer=bytes"], "--data.vocab_size changes nothing"),
+        (["--data.tokenizer=bytes", "--data.vocab_size=5000"], "--data.vocab_size changes nothing"),
         (
             ["--trainer.gradient_clip_algorithm=norm", "--trainer.gradient_clip_val=null"],
             "without --trainer.gradient_clip_val",
@@ -62,11 +62,52 @@ def test_a_precision_that_was_asked_for_is_not_computed(capsys):
         (["--samples.max_new_tokens=0", "--samples.temperature=1"], "--samples.max_new_tokens is 0"),
         (["--energy.measure=false", "--energy.country=DEU"], "--energy.country changes nothing"),
         (["--model.optimizer.lr=0"], "nothing is learnt"),
+        (["--push.private=false"], "--push.private changes nothing without --push.to"),
+        (
+            ["--global_batch_size=24", "--trainer.accumulate_grad_batches=4"],
+            "--trainer.accumulate_grad_batches changes nothing",
+        ),
+        (["--trainer.deterministic=true"], "it refuses some operations"),
     ],
 )
 def test_what_is_idle_or_contradicts_itself_is_told(words, said, capsys):
     _, remarks = explained(capsys, *words)
     assert any(said in remark for remark in remarks), remarks
+
+
+def test_what_is_said_last_counts_be_it_a_flag_or_a_file(tmp_path, capsys):
+    (tmp_path / "later.yaml").write_text("trainer: {max_steps: 40}\n")
+    (tmp_path / "energy.yaml").write_text("country: DEU\n")
+    words = ["--trainer.max_steps", "50", "--config", str(ROOT / "recipes" / "pretrain.yaml")]
+    words += ["--config", str(tmp_path / "later.yaml"), "--energy", str(tmp_path / "energy.yaml")]
+    found, _ = explained(capsys, *words, "--model.architecture.vocab_size", "9000")
+    assert found["trainer.max_steps"] == ("40", str(tmp_path / "later.yaml"))
+    assert found["energy.country"] == ("DEU", str(tmp_path / "energy.yaml"))
+    assert found["model.architecture.vocab_size"] == ("9000", "flag")
+
+
+def test_what_follows_from_the_data_is_not_said_as_the_class_has_it(capsys):
+    found, remarks = explained(capsys, "--data.seq_len=512")
+    assert found["model.architecture.vocab_size"] == ("as the data has it", "computed: the tokenizer")
+    assert any("rows of 512 tokens do not fit the 256 positions" in remark for remark in remarks)
+    positions = "model.architecture.max_position_embeddings"
+    final = {positions: 2048, "data.seq_len": 4096}
+    (found,) = (one for one in origins(final, final, ["--data.seq_len=4096"], {}) if one.name == positions)
+    assert (found.value, found.origin) == ("4096", "computed: --data.seq_len")
+
+
+def test_a_runs_own_config_says_no_more_than_what_it_was_made_from(corpus, tmp_path, capsys):
+    """Which holds every setting, those that nobody said, too."""
+    fit(tmp_path, corpus)
+    capsys.readouterr()
+    words = ["--config", str(tmp_path / "config.yaml")]
+    _, remarks = explained(capsys, *words, "--trainer.deterministic=false")
+    assert not [remark for remark in remarks if "deterministic" in remark or "changes nothing" in remark], remarks
+
+
+def test_an_optimizer_without_a_rate_of_its_own_is_explained(capsys):
+    _, remarks = explained(capsys, "--model.optimizer=transformers.Adafactor", "--model.optimizer.lr=null")
+    assert not [remark for remark in remarks if "nothing is learnt" in remark]
 
 
 def test_the_default_run_has_nothing_idle_but_its_two_ends(capsys):

@@ -48,6 +48,13 @@ def test_a_step_that_is_not_finite_is_not_applied_and_its_rows_are_told(fit, tmp
     assert len(warnings) == 2 and "step 5: the loss is nan" in warnings[0] and "not applied" in warnings[0]
 
 
+def test_steps_that_are_done_again_tell_of_themselves_again(tmp_path):
+    lines = [json.dumps({"step": step, "rank": 0, "loss": "nan", "rows": []}) for step in (3, 5, 8)]
+    (tmp_path / "unusual_steps.jsonl").write_text("\n".join([*lines, '{"step": 9, "ra']))
+    Guard().on_train_start(SimpleNamespace(default_root_dir=tmp_path, is_global_zero=True, global_step=5), None)
+    assert [line["step"] for line in unusual(tmp_path)] == [3, 5]
+
+
 @pytest.mark.parametrize("guard, last", [(Guard(), 7), (Guard(most_in_a_row=2), 4), (Guard("stop"), 3)])
 def test_too_many_in_a_row_stop_the_run(guard, last, fit, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:

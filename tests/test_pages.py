@@ -12,8 +12,11 @@ import yaml
 
 from lightning_modules.callbacks.samples import keep
 from lightning_modules.cli import leave_page
+from lightning_modules.evaluation.judged_table import unbeaten
+from lightning_modules.evaluation.judging import Judged
 from lightning_modules.pages import charts
 from lightning_modules.pages.charts import Line, axis, lines, points, round_step, short, thinned
+from lightning_modules.pages.comparison_page import run_of
 from lightning_modules.pages.page import figures, page, preformatted, section, table
 from lightning_modules.pages.run_page import duration, neighbours, read_metrics, read_run, run_page, write_run_page
 from recipes import compare
@@ -113,10 +116,14 @@ def test_rows_without_tokens_stand_where_their_step_does(tmp_path):
     (tmp_path / "metrics.csv").write_text(
         "step,tokens,train/loss,val/loss\n9,1000,2.0,\n9,,,2.5\n14,,,2.25\n19,2000,1.5,\n"
     )
-    found = read_metrics(tmp_path / "metrics.csv")
+    found, _ = read_metrics(tmp_path / "metrics.csv")
     assert found["val/loss"] == [(1000, 2.5), (1500, 2.25)] and found["train/loss"] == [(1000, 2.0), (2000, 1.5)]
     (tmp_path / "steps.csv").write_text("step,val/loss\n3,2.0\n7,1.0\n")
-    assert read_metrics(tmp_path / "steps.csv") == {"val/loss": [(3, 2.0), (7, 1.0)]}
+    assert read_metrics(tmp_path / "steps.csv") == ({"val/loss": [(3, 2.0), (7, 1.0)]}, False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "steps.csv").rename(tmp_path / "run" / "metrics.csv")
+    text = run_page(read_run(tmp_path / "run"), [read_run(tmp_path)])
+    assert ">steps<" in text and ">tokens<" not in text and text.count("<polyline") == 1  # no tokens beside steps
 
 
 def test_a_file_that_a_kill_cut_off_costs_nothing_else(runs, tmp_path):
@@ -150,6 +157,13 @@ def test_samples_of_steps_that_are_done_again_are_replaced(tmp_path):
 
 
 # Charts
+
+
+def test_a_longer_neighbour_leaves_room_for_the_run_itself():
+    mine, other = Line("mine", [(0, 1.0), (100, 2.0)]), Line("other", [(0, 1.0), (90, 1.5), (9000, 3.0)], True)
+    own, faint = re.findall(r'<polyline [^>]*points="([^"]+)"', lines("t", "tokens", [mine, other]))
+    assert float(own.split()[-1].split(",")[0]) == pytest.approx(charts.RIGHT, abs=10)
+    assert len(faint.split()) == 2
 
 
 def test_a_line_is_where_its_numbers_are():
@@ -235,12 +249,49 @@ def test_mistakes_are_one_line(runs, corpus, tmp_path, capsys):
         ([runs[0], runs[0]], "is there twice"),
         ([tmp_path / "none"], "no such folder"),
         ([runs[0], "--contrasts", tmp_path / "none.csv"], "no such file or folder: --contrasts"),
-        ([runs[0], "--y", "beauty", "--data.path", corpus, "--data.val_fraction", "0.5"], "beauty is no figure of"),
+        ([runs[0], "--y", "beauty", "--data.path", corpus, "--data.val_fraction", "0.5"], "beauty is a figure of none"),
     ):
         with pytest.raises(SystemExit) as stop:
             compare.main([str(word) for word in words])
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert stop.value.code == 2 and said in error
+
+
+def test_a_damaged_file_beside_a_model_costs_its_curves_alone(runs, tmp_path, capsys):
+    shutil.copytree(runs[0], tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text("{")
+    assert run_of(str(tmp_path / "run")) is None and "damaged" in capsys.readouterr().err
+    assert run_of(str(runs[0])).name == "pretrain-0"
+
+
+def judged(name: str, **figures: float) -> Judged:
+    return Judged(name, figures, metric="mse", more_is_better=False)
+
+
+@pytest.mark.parametrize(
+    ("cost", "quality", "best"),
+    [
+        ("bytes", "prefers_stereotype", ["a", "c"]),  # of which a half is the best
+        ("bytes", "token_ms", ["a", "b"]),
+        ("token_ms", "same_top", ["b", "a"]),
+        ("bytes", "mse", ["a", "c"]),
+    ],
+)
+def test_nothing_beats_what_is_better_in_what_is_wanted(cost, quality, best):
+    found = [
+        judged("a", bytes=1, prefers_stereotype=0.3, token_ms=5, same_top=0.9, mse=3),
+        judged("b", bytes=2, prefers_stereotype=0.1, token_ms=2, same_top=0.8, mse=9),
+        judged("c", bytes=3, prefers_stereotype=0.52, token_ms=9, same_top=0.7, mse=1),
+    ]
+    assert [one.name for one in unbeaten(found, cost, quality)] == best
+
+
+def test_contrasts_are_spread_evenly(tmp_path):
+    text = "".join(f"he {i},she {i},gender\n" for i in range(10))
+    (tmp_path / "pairs.csv").write_text("sent_more,sent_less,bias_type\n" + text)
+    found = compare.read_contrasts(tmp_path / "pairs.csv", 7)
+    assert [pair.more for pair in found] == [f"he {i}" for i in (0, 1, 2, 4, 5, 7, 8)]
+    assert len(compare.read_contrasts(tmp_path / "pairs.csv", 50)) == 10
 
 
 # In a browser

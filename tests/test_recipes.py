@@ -7,11 +7,23 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BertConfig,
+    GPT2Config,
+)
+
+from datamodules.tokenization import byte_tokenizer
+from lightning_modules.callbacks.samples import Samples
+from lightning_modules.pretrain import CausalLM, MaskedLM
 
 ROOT = Path(__file__).parents[1]
 RUNS = sorted((ROOT / "recipes").glob("pretrain*.yaml"))
@@ -81,6 +93,35 @@ def test_every_named_run_trains_and_its_folder_loads(config, corpus, tmp_path):
 def test_a_named_run_opens_with_what_it_is():
     for config in RUNS:
         assert config.read_text().startswith("# "), config
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_a_sample_fits_into_the_positions_that_a_model_has(kind):
+    tokenizer = byte_tokenizer(kind)
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "num_hidden_layers": 1}
+    if kind == "causal":
+        network = AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_head=1, **sizes))
+    else:
+        network = AutoModelForMaskedLM.from_config(BertConfig(hidden_size=16, num_attention_heads=1, **sizes))
+    module, objective = SimpleNamespace(network=network.eval(), device="cpu"), {"causal": CausalLM, "masked": MaskedLM}
+    text = objective[kind].sample(module, tokenizer, "a prompt that is longer than all of these", 48, 0.0)
+    assert "a " in text[:20]
+    if kind == "causal":
+        assert len(CausalLM.sample(module, tokenizer, "short", 48, 0.0)) > len("short")
+
+
+def test_samples_that_fail_end_no_run(capsys):
+    def fails(*_):
+        raise RuntimeError("no such thing\nwith more")
+
+    failing = type("Failing", (CausalLM,), {"sample": fails, "is_sharded": False})
+    network, module = torch.nn.Linear(1, 1), failing.__new__(failing)
+    torch.nn.Module.__init__(module)
+    module.network = network
+    trainer = SimpleNamespace(sanity_checking=False, state=SimpleNamespace(fn="fit"), is_global_zero=True)
+    trainer.datamodule = SimpleNamespace(tokenizer=None)
+    Samples(["a"]).on_validation_end(trainer, module)
+    assert "warning: no samples (no such thing)" in capsys.readouterr().err and network.training
 
 
 @pytest.fixture(scope="module")

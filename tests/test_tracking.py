@@ -1,13 +1,16 @@
 """W&B sees the run, and never decides whether it trains."""
 
+import csv
 import http.server
 import json
+import os
 import re
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -33,7 +36,7 @@ def test_a_run_without_an_account_is_logged_offline_under_its_stable_names(corpu
     logged = json.dumps(inspect(run))
     missing = [name for name in (*tracking.METRICS, "tokens") if name not in logged]
     assert not missing, logged[:2000]
-    assert f"wandb sync {run}" in " ".join(capsys.readouterr().out.split())
+    assert f"wandb sync {tmp_path}/wandb/offline-run-*" in " ".join(capsys.readouterr().out.split())
 
 
 def offline(monkeypatch, tmp_path: Path) -> None:
@@ -89,6 +92,98 @@ def test_a_model_is_kept_as_an_artifact_where_that_is_asked_for(corpus, tmp_path
     fit(tmp_path, corpus, **{"trainer.callbacks+": "lightning_modules.callbacks.model_artifact.ModelArtifact"})
     ((folder, aliases),) = kept
     assert folder == tmp_path / "model" and aliases == ["best", "latest"] and (folder / "config.json").is_file()
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.mark.parametrize("end", [{"trainer.max_steps": 7}, {"trainer.max_steps": 50, "model.max_tokens": 7 * 4 * 32}])
+def test_the_last_step_is_logged_as_it_was(end, corpus, tmp_path):
+    """Lightning would repeat the row before it, since the run is told to end."""
+    fit(tmp_path, corpus, **{"trainer.log_every_n_steps": 5, "trainer.val_check_interval": 7} | end)
+    before, last = (row for row in metrics(tmp_path) if row["train/loss"])
+    assert (before["step"], last["step"]) == ("4", "6")
+    assert before["train/loss"] != last["train/loss"] and before["train/grad_norm"] != last["train/grad_norm"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert float(last["tokens"]) == summary["tokens"] and float(last["train/lr"]) > 0
+    (held_out,) = (row for row in metrics(tmp_path) if row["val/loss"])
+    assert float(held_out["tokens"]) == summary["tokens"]
+
+
+def logger(folder: Path) -> tracking.MetricsCSV:
+    found = tracking.MetricsCSV(folder)
+    found.experiment  # noqa: B018  (made when it is first asked for)
+    return found
+
+
+def test_a_full_disk_tears_no_row_and_ends_no_run(tmp_path, monkeypatch, capsys):
+    log, real = logger(tmp_path), os.write
+    log.log_metrics({"a": 1.0}, 0)
+    log.save()
+    whole = (tmp_path / "metrics.csv").read_text()
+    monkeypatch.setattr(os, "write", lambda place, content: real(place, content[:2]))  # as much as there is room for
+    for step in (1, 2):
+        log.log_metrics({"a": 2.0 + step}, step)
+        log.save()
+    assert (tmp_path / "metrics.csv").read_text() == whole
+    assert capsys.readouterr().err.count("its rows wait") == 1
+    monkeypatch.undo()
+    log.log_metrics({"a": 9.0, "b": 7.0}, 3)
+    log.save()
+    assert [(row["step"], row["a"], row["b"]) for row in metrics(tmp_path)] == [
+        ("0", "1.0", ""), ("1", "3.0", ""), ("2", "4.0", ""), ("3", "9.0", "7.0"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        ("a,step\n1,0\n2,1\n3,2\n", ["0", "1"]),
+        ("a,step\n1,0\n2,1\n3", ["0", "1"]),
+        ("a,step\n1,0\n2,1,7,1\n,\n5,x\n", ["0"]),
+        ("a,step\n1,0\n\0\0\0\0", ["0"]),
+        ("", []),
+        ("a,b\n1,2\n", []),
+    ],
+)
+def test_a_torn_file_of_metrics_stops_no_run_that_goes_on(content, kept, tmp_path):
+    (tmp_path / "metrics.csv").write_text(content)
+    log = logger(tmp_path)
+    tracking.forget_after([log], 2)
+    log.log_metrics({"a": 1.0, "c": 2.0}, 2)
+    log.save()
+    assert [row["step"] for row in metrics(tmp_path)] == [*kept, "2"]
+
+
+def test_a_loggers_failure_at_the_end_is_one_line(tmp_path, capsys, monkeypatch):
+    """A user's own W&B logger knows nothing of giving up; an artifact is a copy of the model, which may not fit."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    ended = []
+    own = WandbLogger.__new__(WandbLogger)
+    own._experiment = SimpleNamespace(finish=lambda: ended.append(1))
+    monkeypatch.setattr(WandbLogger, "experiment", property(lambda self: self._experiment))
+    tracking.finish([own])
+    assert ended == [1]
+    shielded = tracking.ShieldedWandb.__new__(tracking.ShieldedWandb)
+    monkeypatch.setattr(tracking.ShieldedWandb, "version", "v")
+    tracking.keep_model([shielded], tmp_path / "none", ["best"])
+    assert "is no artifact" in capsys.readouterr().err
+
+
+def test_a_server_of_ones_own_is_found_as_wandb_login_leaves_it(tmp_path, monkeypatch):
+    offline(monkeypatch, tmp_path)
+    server = Server(200)
+    address = f"127.0.0.1:{server.server_port}"
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    assert tracking.wandb_mode() == "offline"
+    (tmp_path / "settings").write_text(f"[default]\nbase_url = http://{address}/\n")
+    (tmp_path / "netrc").write_text(f"machine {address}\n  login user\n  password {'k' * 40}\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert tracking.wandb_mode() == "online"
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -32,16 +32,17 @@ class Energy(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.machines = trainer.num_nodes
         if self.measure and trainer.local_rank == 0:  # it is the machine's
-            self.meter = energy.Meter(self.country)
+            self.meter = energy.Meter(self.country, module.device.type)
             self.meter.start()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if not self.measure:
-            return
         here = Drawn() if self.meter is None else self.meter.stop()
         self.meter = None
         figures = torch.tensor([here.joules, here.co2e_grams], dtype=torch.float64, device=module.device)
+        # By all ranks, whatever each one's machine has installed.
         joules, co2e_grams = trainer.strategy.reduce(figures, reduce_op="sum").tolist()
+        if not self.measure:
+            return
         self.drawn = self.before + Drawn(joules, co2e_grams, here.by)
         if not self.drawn.joules and trainer.is_global_zero:
             print("warning: the energy of this run could not be measured", file=sys.stderr)
@@ -52,33 +53,38 @@ class Energy(Callback):
             self.meter = None
 
     def state_dict(self) -> dict:
-        if self.meter is None:
-            return {"joules": self.before.joules, "co2e_grams": self.before.co2e_grams}
-        here = self.meter.read()
-        return {
-            "joules": self.before.joules + self.machines * here.joules,
-            "co2e_grams": self.before.co2e_grams + self.machines * here.co2e_grams,
-        }
+        found = self.drawn or self.before
+        if self.meter is not None:
+            here = self.meter.read()
+            found = self.before + Drawn(self.machines * here.joules, self.machines * here.co2e_grams, here.by)
+        return {"joules": found.joules, "co2e_grams": found.co2e_grams, "by": found.by}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self.before = Drawn(state_dict["joules"], state_dict["co2e_grams"])
+        self.before = Drawn(state_dict["joules"], state_dict["co2e_grams"], state_dict.get("by", ""))
 
     def summary(self, tokens: int) -> dict[str, object]:
         """{} where nothing was measured."""
-        if self.drawn is None or not self.drawn.joules:
+        drawn = self.of_all
+        if not drawn.joules:
             return {}
-        found = {"joules": round(self.drawn.joules, 1), "kwh": self.drawn.kwh, "co2e_grams": self.drawn.co2e_grams}
-        found["joules_per_million_tokens"] = 1e6 * self.drawn.joules / max(1, tokens)
-        return {"energy": found | {"by": self.drawn.by}}
+        found = {"joules": round(drawn.joules, 1), "kwh": drawn.kwh, "co2e_grams": drawn.co2e_grams}
+        found["joules_per_million_tokens"] = 1e6 * drawn.joules / max(1, tokens)
+        return {"energy": found | {"by": drawn.by}}
 
     def words(self, tokens: int) -> str:
         if not self.measure:
             return "not measured; pip install -e '.[energy]'"
-        if self.drawn is None or not self.drawn.joules:
+        drawn = self.of_all
+        if not drawn.joules:
             return "could not be measured"
-        drawn = f"{'about ' if self.drawn.is_estimate else ''}{in_words(self.drawn.joules)}"
-        per_million = in_words(1e6 * self.drawn.joules / max(1, tokens))
-        return f"{drawn}, {self.drawn.co2e_grams:.2g} g CO2e; {per_million} a million tokens ({self.drawn.by})"
+        joules = f"{'about ' if drawn.is_estimate else ''}{in_words(drawn.joules)}"
+        per_million = in_words(1e6 * drawn.joules / max(1, tokens))
+        return f"{joules}, {drawn.co2e_grams:.2g} g CO2e; {per_million} a million tokens ({drawn.by})"
+
+    @property
+    def of_all(self) -> Drawn:
+        """Of the whole run; one that was over when it was taken up has drawn nothing since."""
+        return self.drawn or self.before
 
 
 def in_words(joules: float) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_modules import checkpoint_io, tracking
 from lightning_modules.callbacks.changed_weights import ChangedWeights
 from lightning_modules.callbacks.recovery import Recovery
+from lightning_modules.callbacks.samples import whole_lines
 from lightning_modules.command_line import fail
 
 REMEMBERED, FEWEST = 64, 16
@@ -45,6 +46,16 @@ class Guard(Callback):
         self._losses: deque[float] = deque(maxlen=REMEMBERED)
         self._batches: list[Tensor] = []
 
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Steps that are done again tell of themselves again."""
+        path = Path(trainer.default_root_dir) / "unusual_steps.jsonl"
+        if trainer.is_global_zero and path.is_file():
+            kept = [line for line in whole_lines(path) if line["step"] <= trainer.global_step]
+            with tracking.written(path):
+                replaced = path.with_name(f".{path.name}.partial")
+                replaced.write_text("".join(json.dumps(line) + "\n" for line in kept))
+                replaced.replace(path)
+
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, batch_idx: int) -> None:
         self._batches.append(batch["rows"])
 
@@ -74,7 +85,8 @@ class Guard(Callback):
     def _tell(self, trainer: Trainer, what: str, loss: float, norm: float) -> None:
         rows = [row for rows_B in self._batches for row in rows_B.tolist() if row >= 0]
         line = {"step": trainer.global_step, "rank": trainer.global_rank, "loss": str(loss), "grad_norm": str(norm)}
-        with (Path(trainer.default_root_dir) / "unusual_steps.jsonl").open("a") as file:
+        path = Path(trainer.default_root_dir) / "unusual_steps.jsonl"
+        with tracking.written(path), path.open("a") as file:
             file.write(json.dumps(line | {"rows": rows}) + "\n")
         if trainer.is_global_zero:
             print(f"warning: step {trainer.global_step}: {what}; its rows: unusual_steps.jsonl", file=sys.stderr)

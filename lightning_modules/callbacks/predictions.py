@@ -7,9 +7,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import WandbLogger
 
+from lightning_modules import tracking
 from lightning_modules.callbacks.report import best_by
 from lightning_modules.finetune import FineTune
-from lightning_modules.redaction import redacted
+from lightning_modules.redaction import redacted_prose
 
 METRICS = "metrics.json"
 SHOWN = 64
@@ -86,7 +87,7 @@ class HeldOutPredictions(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and errors_first:
                 columns = [column for column in errors_first[0] if column != "probabilities"]
-                rows = [[redacted(str(line[column])) for column in columns] for line in errors_first]
+                rows = [[redacted_prose(str(line[column])) for column in columns] for line in errors_first]
                 logger.log_text("predictions", columns=columns, data=rows)
 
     on_test_end = on_validation_end
@@ -100,7 +101,8 @@ class HeldOutPredictions(Callback):
 
 def _write_lines(folder: Path, lines: list[dict[str, object]]) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (folder / "predictions.jsonl").write_text(text)  # the user's own examples, as they are
+    with tracking.written(folder / "predictions.jsonl"):
+        (folder / "predictions.jsonl").write_text(text)  # the user's own examples, as they are
 
 
 def _write(trainer: Trainer, predictions: dict[int, dict[str, object]], about: dict[str, object]) -> None:

@@ -117,7 +117,7 @@ class Report(Callback):
             "energy": energy_of(trainer).words(summary["tokens"]),
             "files": f"{trainer.default_root_dir}: {', '.join(FILES)}",
         }
-        if offline := offline_folder(trainer):
+        if offline := offline_runs(trainer):
             rows["W&B"] = f"offline; look at it with wandb leet, upload it with wandb sync {offline}"
         rows["next"] = module.next_command(shlex.quote(summary["model_dir"]), trainer.datamodule)
         return rows
@@ -200,7 +200,7 @@ def model_card(summary: dict, trainer: Trainer, module: LightningModule) -> str:
         f"| {key} | {summary[key]:,.4f} |\n" if isinstance(summary[key], float) else f"| {key} | {summary[key]} |\n"
         for key in (*metrics, "tokens", "steps", "seconds", "parameters", "precision", "hardware")
     )
-    return f"""---
+    card = f"""---
 library_name: transformers
 tags: [language-model, pytorch-lightning]
 ---
@@ -217,9 +217,10 @@ tags: [language-model, pytorch-lightning]
 Made by:
 
 ```
-{redacted(shlex.join(["python", *sys.argv]))}
+{shlex.join(["python", *sys.argv])}
 ```
 """
+    return redacted(card)
 
 
 def peak_memory_bytes() -> int:
@@ -256,6 +257,7 @@ def compressors(trainer: Trainer, seconds: float) -> dict[str, float]:
     return baselines
 
 
-def offline_folder(trainer: Trainer) -> Path | None:
-    runs = sorted(Path(trainer.default_root_dir).glob("wandb/offline-run-*"))
-    return runs[-1] if runs else None
+def offline_runs(trainer: Trainer) -> str | None:
+    """A glob: each time that a run goes on it has one more, and all of them are one run."""
+    runs = Path(trainer.default_root_dir) / "wandb"
+    return f"{shlex.quote(str(runs))}/offline-run-*" if list(runs.glob("offline-run-*")) else None

@@ -1,6 +1,7 @@
 """What the model writes, at each validation."""
 
 import json
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -8,11 +9,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from lightning_modules import tracking
 from lightning_modules.language_module import LanguageModule
-from lightning_modules.redaction import redacted
+from lightning_modules.redaction import redacted_prose
 
 FILE = "samples.jsonl"
 COLUMNS = ("step", "prompt", "text")
+SHOWN = 100
+"""Of the newest, in W&B: each validation sends them once more."""
 
 
 class Samples(Callback):
@@ -43,11 +47,17 @@ class Samples(Callback):
             documents = trainer.datamodule.val_documents(limit_bytes=100_000)
             self.prompts = [document[:40].decode(errors="ignore") for document in documents[:2]]
         module.network.eval()
-        # Sampling must leave no trace in the training's random numbers.
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
-            texts = [module.sample(tokenizer, p, self.max_new_tokens, self.temperature) for p in self.prompts]
-        module.network.train()
+        try:
+            # Sampling must leave no trace in the training's random numbers.
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(0)
+                texts = [module.sample(tokenizer, p, self.max_new_tokens, self.temperature) for p in self.prompts]
+        except Exception as error:  # whatever an architecture does not do; its training goes on
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"warning: no samples ({reason}); --samples.max_new_tokens 0 leaves them out", file=sys.stderr)
+            return
+        finally:
+            module.network.train()
         if not trainer.is_global_zero:
             return
         loss = trainer.callback_metrics["val/loss"]
@@ -55,11 +65,14 @@ class Samples(Callback):
         print(f"step {trainer.global_step}: val loss {loss:.4f} nats per token, {bits:.4f} bits per byte")
         for text in texts:
             print("  │ " + text.rstrip().replace("\n", "\n  │ "))
-        rows = [[trainer.global_step, redacted(p), redacted(t)] for p, t in zip(self.prompts, texts, strict=True)]
-        so_far = keep(Path(trainer.default_root_dir) / FILE, rows)
+        hidden = [map(redacted_prose, pair) for pair in zip(self.prompts, texts, strict=True)]
+        rows = so_far = [[trainer.global_step, *pair] for pair in hidden]
+        file = Path(trainer.default_root_dir) / FILE
+        with tracking.written(file):
+            so_far = keep(file, rows)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_text("samples", columns=list(COLUMNS), data=so_far)
+                logger.log_text("samples", columns=list(COLUMNS), data=so_far[-SHOWN:])
 
 
 def keep(file: Path, rows: list[list[object]]) -> list[list[object]]:

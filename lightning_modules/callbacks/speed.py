@@ -1,4 +1,4 @@
-"""Loss, gradient norm, learning rate, tokens per second and MFU, once every log_every_n_steps optimizer steps."""
+"""Loss, gradient norm, learning rate, tokens per second and MFU, once every log_every_n_steps steps and at the last."""
 
 import gc
 import time
@@ -23,6 +23,7 @@ class Speed(Callback):
         self.matrix_flops = 0.0
         self._running_since: float | None = None
         self._window = (0.0, 0)
+        self._lr = 0.0
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
@@ -38,9 +39,18 @@ class Speed(Callback):
         self._window = (self.training_seconds, int(module.tokens))
         self._resume()
 
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, batch_idx: int) -> None:
+        if self._running_since is None:
+            self._resume()
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer) -> None:
+        self._lr = optimizer.param_groups[0]["lr"]  # the schedule moves it on before the step is logged
+
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int) -> None:
-        accumulating = trainer.fit_loop._should_accumulate()
-        if accumulating or trainer.global_step == 0 or trainer.global_step % trainer.log_every_n_steps:
+        if trainer.fit_loop._should_accumulate() or trainer.global_step == 0:
+            return
+        # Where the run is told to end Lightning logs what it has, however old.
+        if trainer.global_step % trainer.log_every_n_steps and not trainer.should_stop:
             return
         self._pause()
         seconds, tokens = self._window
@@ -51,7 +61,7 @@ class Speed(Callback):
         values = {
             "train/loss": module.step_loss,
             "train/grad_norm": module.step_grad_norm,
-            "train/lr": module.optimizers().param_groups[0]["lr"],
+            "train/lr": self._lr,
             "perf/tokens_per_second": self.tokens_per_second,
             "perf/mfu": self.mfu,
         }
@@ -63,9 +73,8 @@ class Speed(Callback):
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._pause()
 
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            self._resume()
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
+        self._pause()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._pause()

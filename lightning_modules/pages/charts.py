@@ -76,6 +76,9 @@ def lines(title: str, x_label: str, some: Sequence[Line], is_log: bool = False) 
     if not some:
         return ""
     own = [line for line in some if not line.is_faint] or some
+    end = max(a for line in own for a, _ in line.points)  # a longer neighbour goes on beyond the picture
+    some = [Line(line.name, [p for p in line.points if p[0] <= 1.02 * end], line.is_faint) for line in some]
+    some = [line for line in some if len(line.points) > 1]
     x = axis([p[0] for line in some for p in line.points], False, LEFT, RIGHT)
     y = axis(_most(own, some), is_log, BOTTOM, TOP, 0.04)
     drawn, legend = [], []

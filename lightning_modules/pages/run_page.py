@@ -18,6 +18,8 @@ from lightning_modules.pages.page import figures, folded, page, preformatted, se
 FILE = "report.html"
 LOOKED_AT, NEIGHBOURS = 20, 5
 """The newest other runs beside it whose curves are drawn, too."""
+EARLIER = 20
+"""Validations before the last one whose samples are in the page, evenly spread."""
 MOST = 50
 """Unusual steps in the page."""
 CURVES = (
@@ -27,6 +29,8 @@ CURVES = (
     ("F1, held out", "val/f1", None),
     ("BLEU, held out", "val/bleu", None),
     ("ROUGE-1, held out", "val/rouge1", None),
+    ("Pearson, held out", "val/pearson", None),
+    ("Squared error, held out", "val/mse", None),
     ("Gradient norm", "train/grad_norm", None),
     ("Learning rate", "train/lr", None),
     ("Tokens per second", "perf/tokens_per_second", None),
@@ -44,6 +48,7 @@ class Run:
     config: dict
     metrics: dict[str, list[charts.Point]]
     """By name, over tokens; over steps where a run counts none."""
+    counts_tokens: bool = True
 
     @property
     def name(self) -> str:
@@ -57,12 +62,14 @@ def read_run(folder: Path) -> Run:
         config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else {}
     except (ValueError, yaml.YAMLError, OSError) as error:
         raise ValueError(f"{folder} holds a damaged file: {str(error).splitlines()[0]}") from None
-    return Run(folder, summary, config or {}, read_metrics(folder / "metrics.csv"))
+    metrics, counts_tokens = read_metrics(folder / "metrics.csv")
+    return Run(folder, summary, config or {}, metrics, counts_tokens)
 
 
-def read_metrics(file: Path) -> dict[str, list[charts.Point]]:
+def read_metrics(file: Path) -> tuple[dict[str, list[charts.Point]], bool]:
+    """By name, and whether over tokens."""
     if not file.is_file():
-        return {}
+        return {}, True
     with file.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     rows = [row for row in rows if is_whole(row)]
@@ -77,7 +84,7 @@ def read_metrics(file: Path) -> dict[str, list[charts.Point]]:
         for name, value in row.items():
             if value and name not in ("epoch", "step", "tokens"):
                 found.setdefault(name, []).append((x, float(value)))
-    return found
+    return found, bool(known) or not rows
 
 
 def is_whole(row: dict[str, str | None]) -> bool:
@@ -164,10 +171,11 @@ def curve(title: str, run: Run, others: list[Run], name: str, own: str | None) -
     some = [charts.Line("held out" if own else run.name, run.metrics.get(name, []))]
     if own:
         some.append(charts.Line("training", run.metrics.get(own, [])))
+    others = [other for other in others if other.counts_tokens == run.counts_tokens]
     some += [charts.Line(other.name, other.metrics.get(name, []), True) for other in others]
     if not any(len(line.points) > 1 for line in some if not line.is_faint):
         return ""
-    return charts.lines(title, "tokens", some)
+    return charts.lines(title, "tokens" if run.counts_tokens else "steps", some)
 
 
 def samples(folder: Path) -> str:
@@ -183,6 +191,7 @@ def samples(folder: Path) -> str:
         text = row["text"].removeprefix(row["prompt"])
         by_step[row["step"]] = by_step.get(row["step"], "") + preformatted(text, row["prompt"])
     *before, last = by_step
+    before = [before[place * len(before) // EARLIER] for place in range(EARLIER)] if len(before) > EARLIER else before
     earlier = "".join(folded(f"step {step:,}", by_step[step]) for step in before[::-1])
     return f'<p class="about">step {last:,}</p>{by_step[last]}{earlier}'
 
@@ -193,10 +202,17 @@ def unusual(folder: Path) -> str:
         return ""
     rows = whole_lines(file)
     shown = [
-        [f"{row['step']:,}", row["loss"], row["grad_norm"], ", ".join(map(str, row["rows"][:8]))] for row in rows[:MOST]
+        [
+            f"{row['step']:,}",
+            str(row.get("rank", "")),
+            row["loss"],
+            row["grad_norm"],
+            ", ".join(map(str, row["rows"][:8])),
+        ]
+        for row in rows[:MOST]
     ]
     more = f'<p class="about">{len(rows) - MOST:,} more in {file.name}</p>' if len(rows) > MOST else ""
-    return table(["step", "loss", "gradient norm", "rows"], shown) + more
+    return table(["step", "rank", "loss", "gradient norm", "rows"], shown) + more
 
 
 def planned(summary: dict) -> str:
