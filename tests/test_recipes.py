@@ -1,6 +1,7 @@
 """Every named run parses and trains at toy size; what a run leaves behind is what the README says."""
 
 import csv
+import errno
 import json
 import math
 import runpy
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from datamodules.tokenization import byte_tokenizer
+from lightning_modules.callbacks import report
 from lightning_modules.callbacks.samples import Samples
 from lightning_modules.pretrain import CausalLM, MaskedLM
 
@@ -122,6 +124,22 @@ def test_samples_that_fail_end_no_run(capsys):
     trainer.datamodule = SimpleNamespace(tokenizer=None)
     Samples(["a"]).on_validation_end(trainer, module)
     assert "warning: no samples (no such thing)" in capsys.readouterr().err and network.training
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), Exception("of safetensors")])
+def test_a_disk_that_is_full_at_the_end_is_told_in_one_line(error, corpus, tmp_path, monkeypatch, capsys):
+    def full(folder, *_):
+        folder.with_name(".model.partial").mkdir()
+        free = 2**30 if isinstance(error, OSError) else 7  # of which some reason alone could be told
+        monkeypatch.setattr(report.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+        raise error
+
+    monkeypatch.setattr(report, "save_model", full)
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path, corpus)
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 1 and f"error: {tmp_path / 'model'} was not written" in told and "goes on from" in told
+    assert not (tmp_path / ".model.partial").exists() and (tmp_path / "checkpoints" / "last.ckpt").is_file()
 
 
 @pytest.fixture(scope="module")

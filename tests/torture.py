@@ -226,6 +226,7 @@ def full_disks(t: Torture) -> tuple[int, int, str]:
     if os.geteuid():
         return 0, 0, "left out: mounting a small disk needs root"
     whole, good, times = t.whole("K4"), 0, max(2, t.times // 5)
+    end = summary(t.folder / "whole-K4")["val_loss_final"]
     for i in range(times):
         size = t.rng.randrange(900, 1400)  # kB: two to three checkpoints
         with small_disk(t.folder / f"K4-{i}", f"{size}k") as folder:
@@ -234,7 +235,9 @@ def full_disks(t: Torture) -> tuple[int, int, str]:
             code, told = process.wait(), log.read_text()
             complained = "was not written: it needs about" in told or "bytes free, and two checkpoints" in told
             stays = checkpoint_io.newest(folder / "checkpoints") is not None
-            good += complained and (stays or code == 2)
+            # To its end and equal, or all but the model, or not begun: one line of each.
+            ends = summary(folder)["val_loss_final"] == end if code == 0 else code in (1, 2)
+            good += complained and ends and (stays or code == 2) and "Traceback" not in told
     return good, times, f"without a full disk it ends at {whole[:8]}"
 
 

@@ -1,5 +1,6 @@
 """What a run leaves behind: the model folder, summary.json, and the table at the end."""
 
+import errno
 import gzip
 import json
 import lzma
@@ -9,7 +10,8 @@ import shlex
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from lightning_modules.callbacks.energy import Energy
 from lightning_modules.callbacks.plan import Plan, precision, print_pairs
 from lightning_modules.callbacks.speed import Speed
 from lightning_modules.checkpoint_io import replace_folder
+from lightning_modules.command_line import fail
 from lightning_modules.finetune import FineTune
 from lightning_modules.redaction import redacted
 from lightning_modules.shards import whole
@@ -70,10 +73,10 @@ class Report(Callback):
         if not trainer.is_global_zero:
             return
         summary = self.summary(trainer, module, seconds)
-        with nullcontext() if weights is None else module.as_whole(weights):
+        with one_line_of_a_full_disk(folder, module), nullcontext() if weights is None else module.as_whole(weights):
             save_model(folder / "model", module, trainer.datamodule.tokenizer, model_card(summary, trainer, module))
             module.save_beside(folder)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print_pairs("Result", self.rows(summary, trainer, module))
 
     def summary(self, trainer: Trainer, module: LightningModule, seconds: float) -> dict[str, object]:
@@ -148,6 +151,24 @@ def best_by(trainer: Trainer) -> tuple[str, int]:
     if checkpoint is None or not (checkpoint.monitor or "").startswith("val/"):
         return "loss", 1
     return checkpoint.monitor.removeprefix("val/"), -1 if checkpoint.mode == "max" else 1
+
+
+@contextmanager
+def one_line_of_a_full_disk(folder: Path, module: LightningModule) -> Iterator[None]:
+    """What was trained is not lost by it: the checkpoints are as they were."""
+    try:
+        yield
+    except Exception as error:  # safetensors has one of its own
+        shutil.rmtree(folder / ".model.partial", ignore_errors=True)
+        needed = sum(p.numel() * p.element_size() for p in module.parameters())
+        free = shutil.disk_usage(folder).free
+        if free > 2 * needed and getattr(error, "errno", None) != errno.ENOSPC:
+            raise
+        fail(
+            f"{folder / 'model'} was not written: it needs more than {needed:,} bytes, {free:,} are free; make room, and "
+            "the same command with --ckpt_path last goes on from the last checkpoint",
+            code=1,
+        )
 
 
 def restore_best(trainer: Trainer, module: LightningModule) -> None:
