@@ -164,9 +164,10 @@ def one_line_of_a_full_disk(folder: Path, module: LightningModule) -> Iterator[N
         free = shutil.disk_usage(folder).free
         if free > 2 * needed and getattr(error, "errno", None) != errno.ENOSPC:
             raise
+        place = folder / "model"
         fail(
-            f"{folder / 'model'} was not written: it needs more than {needed:,} bytes, {free:,} are free; make room, and "
-            "the same command with --ckpt_path last goes on from the last checkpoint",
+            f"{place} was not written: it needs more than {needed:,} bytes, and {free:,} are free; make room, and the "
+            "same command with --ckpt_path last goes on from the last checkpoint",
             code=1,
         )
 
