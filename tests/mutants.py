@@ -942,6 +942,46 @@ MUTANTS = (
         "        id=None,\n",
         "tests/test_tracking.py -k same_run",
     ),
+    Mutant(
+        "J7",
+        "the labels of published files",
+        "datamodules/bias_rows.py",
+        "    return SAME.get(label, label)\n",
+        "    return label\n",
+        "tests/test_evaluation.py -k words_of_the_answers",
+    ),
+    Mutant(
+        "J7",
+        "taking off what a call adds to the cache",
+        "lightning_modules/evaluation/judging.py",
+        "            behind.crop(-1)\n",
+        "            pass\n",
+        "tests/test_evaluation.py -k new_token_costs",
+    ),
+    Mutant(
+        "J7",
+        "leaving a model's own settings out",
+        "lightning_modules/evaluation/generations.py",
+        "    network.generation_config = settings  # by which generate() would fill what is left open\n",
+        "",
+        "tests/test_evaluation.py -k same_in_any_batch",
+    ),
+    Mutant(
+        "J8",
+        "the last step's own figures",
+        "lightning_modules/callbacks/speed.py",
+        " and not trainer.should_stop:\n",
+        ":\n",
+        "tests/test_tracking.py -k last_step_is_logged",
+    ),
+    Mutant(
+        "J8",
+        "taking off half a row",
+        TRACKING,
+        "            os.ftruncate(place, before)\n",
+        "            pass\n",
+        "tests/test_tracking.py -k tears_no_row",
+    ),
 )
 
 
