@@ -157,6 +157,13 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def replace_text(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text)
+    partial.replace(file)
+
+
 def replace_folder(new: Path, folder: Path) -> None:
     """Puts a folder in the place of another, or of a file, or of none: at any moment the old one or the new one is
     there, whole."""

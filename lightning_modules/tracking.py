@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_modules.checkpoint_io import replace_text
 from lightning_modules.redaction import redacted
 
 SOURCE = Path(__file__).parents[1]
@@ -60,7 +61,7 @@ class _Writer(ExperimentWriter):
             if self._header != keys or not file.is_file():
                 header, rows = read_rows(file)
                 old = [dict(zip(header, row, strict=True)) for row in rows]
-                write_rows(file, [keys, *([row.get(key, "") for key in keys] for row in old)])
+                replace_text(file, as_text([keys, *([row.get(key, "") for key in keys] for row in old)]))
                 self._header = list(keys)
             append(file, [[row.get(key, "") for key in keys] for row in self.metrics])
         except OSError as error:
@@ -84,19 +85,15 @@ def read_rows(file: Path) -> tuple[list[str], list[list[str]]]:
     return header, [row for row in rows if len(row) == len(header) and row[at].isdigit()]
 
 
-def write_rows(file: Path, rows: Sequence[Sequence[object]]) -> None:
-    """Whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w", newline="") as lines:
-        csv.writer(lines, lineterminator="\n").writerows(rows)
-    partial.replace(file)
+def as_text(rows: Sequence[Sequence[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def append(file: Path, rows: Sequence[Sequence[object]]) -> None:
     """All of them, or OSError and the file as it was."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    content = text.getvalue().encode()
+    content = as_text(rows).encode()
     place = os.open(file, os.O_WRONLY | os.O_APPEND)
     try:
         before = os.fstat(place).st_size
@@ -308,7 +305,7 @@ def forget_after(loggers: list[Logger], step: int) -> None:
             header, rows = read_rows(file)
             kept = [row for row in rows if int(row[header.index("step")]) < step]  # Lightning numbers steps from 0
             with written(file):
-                write_rows(file, [header, *kept]) if header else file.unlink()
+                replace_text(file, as_text([header, *kept])) if header else file.unlink()
 
 
 @contextmanager

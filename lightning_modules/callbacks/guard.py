@@ -52,9 +52,7 @@ class Guard(Callback):
         if trainer.is_global_zero and path.is_file():
             kept = [line for line in whole_lines(path) if line["step"] <= trainer.global_step]
             with tracking.written(path):
-                replaced = path.with_name(f".{path.name}.partial")
-                replaced.write_text("".join(json.dumps(line) + "\n" for line in kept))
-                replaced.replace(path)
+                checkpoint_io.replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, batch_idx: int) -> None:
         self._batches.append(batch["rows"])

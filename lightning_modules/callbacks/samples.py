@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_modules import tracking
+from lightning_modules.checkpoint_io import replace_text
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.redaction import redacted_prose
 
@@ -79,9 +80,7 @@ def keep(file: Path, rows: list[list[object]]) -> list[list[object]]:
     """Adds lines to a file, whole or not at all, without those of steps that are done again; returns all in it."""
     before = [[found[name] for name in COLUMNS] for found in whole_lines(file) if found["step"] < rows[0][0]]
     found = [dict(zip(COLUMNS, row, strict=True)) for row in [*before, *rows]]
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found))
-    partial.replace(file)
+    replace_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found))
     return [*before, *rows]
 
 
