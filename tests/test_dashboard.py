@@ -46,9 +46,10 @@ def runs(corpus, reviews, encoder, decoder, tmp_path_factory, shared_cache) -> d
         (folder / "numbers.csv").write_text("text,label\n" + "".join(f"it is {i},{i / 10}\n" for i in range(60)))
         rows = f"--data.path={folder / 'rows.jsonl'}"
         few = "--data.max_val_examples=4"
+        by_error = ["--trainer.callbacks.monitor=val/mse", "--trainer.callbacks.mode=min"]
         for name, words in {
             "sentiment": [f"--model.from={encoder}", f"--data.path={reviews / 'train.csv'}"],
-            "sentiment_by_numbers": [f"--model.from={encoder}", f"--data.path={folder / 'numbers.csv'}"],
+            "sentiment_by_numbers": [f"--model.from={encoder}", f"--data.path={folder / 'numbers.csv'}", *by_error],
             "question_answering": [f"--model.from={encoder}", f"--data.path={folder / 'spans.json'}"],
             "translation": [f"--model.from={decoder}", rows, few],
             "summarization": [f"--model.from={decoder}", rows, few],
