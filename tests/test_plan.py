@@ -166,6 +166,8 @@ def test_memory_is_measured_of_the_steps_before_the_first_validation(monkeypatch
         plan.on_validation_start(SimpleNamespace(sanity_checking=sanity_checking), module)
     assert plan.measured_memory("cpu") == 400
     assert next(peaks) == 900
+    plan.memory_held = 450  # of a process that had freed memory to give to the steps
+    assert plan.measured_memory("cpu") == 450
 
 
 def test_blocks_are_those_of_torchs_own_tracker():

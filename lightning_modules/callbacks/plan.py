@@ -19,6 +19,8 @@ class Plan(Callback):
     forecast: Forecast | None = None
     memory_besides: int | None = None
     """Bytes that the process holds besides the tensors of the run."""
+    memory_held = 0
+    """Bytes of the run's tensors when it begins; its steps take no less."""
     peak: int | None = None
     """The most that it held before it validated for the first time: of steps alone, as the plan is."""
 
@@ -35,7 +37,8 @@ class Plan(Callback):
             if isinstance(module, FineTune):
                 print(f"example   {marked(trainer.datamodule.shown(0))}\n", flush=True)
         in_use = hardware.memory_in_use(kind)
-        self.memory_besides = None if in_use is None else in_use - planning.bytes_there(trainer, module)
+        self.memory_held = planning.bytes_there(trainer, module)
+        self.memory_besides = None if in_use is None else in_use - self.memory_held
         hardware.start_peak_memory(kind)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -55,7 +58,9 @@ class Plan(Callback):
     def measured_memory(self, kind: str) -> int | None:
         """The most that the steps took: of a GPU's tensors, or what a CPU's process grew by."""
         peak = self.peak or hardware.peak_memory(kind)
-        return None if peak is None or self.memory_besides is None else peak - self.memory_besides
+        if peak is None or self.memory_besides is None:
+            return None
+        return max(peak - self.memory_besides, self.memory_held)  # the system counts a process to about 100 kB
 
 
 def rows(forecast: Forecast, trainer: Trainer, module: LightningModule, is_measured: bool) -> dict[str, str]:
