@@ -5,6 +5,7 @@ import json
 import math
 from contextlib import suppress
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import yaml
@@ -222,7 +223,7 @@ def planned(summary: dict) -> str:
     forms = {"peak_memory_bytes": bytes_of, "steps": "{:,}".format, "tokens": "{:,}".format, "seconds": duration,
              "mfu": "{:.0%}".format}  # fmt: skip
     rows = [
-        [name.replace("_bytes", "").replace("_", " "), form(foreseen[name]), form(measured[name])]
+        [name.replace("_bytes", "").replace("_", " ").replace("mfu", "MFU"), form(foreseen[name]), form(measured[name])]
         for name, form in forms.items()
         if foreseen.get(name) is not None and measured.get(name) is not None
     ]
@@ -242,9 +243,8 @@ def drawn(summary: dict) -> str:
         ["", f"{energy['kwh']:.4g} kWh"],
         ["CO2e", f"{energy['co2e_grams']:.3g} g"],
         ["a million tokens", in_words(energy["joules_per_million_tokens"])],
-        ["how", energy["by"]],
     ]
-    return table(["", ""], rows)
+    return table(["", ""], rows) + f'<p class="about">{escape(energy["by"])}</p>'
 
 
 def differences(run: Run, others: list[Run]) -> str:
