@@ -1,5 +1,6 @@
 """Texts by which models are calibrated and judged, split as pretraining with the same flags splits them."""
 
+import sys
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -30,7 +31,8 @@ class Texts:
 
 
 def documents(data: Texts, split: Literal["train", "val"]) -> list[str]:
-    """Of a split, whole; as pretraining with the same flags splits them. Of the training text the first 4,096."""
+    """Of a split, whole; as pretraining with the same flags splits them. Of the training text the first 4,096. Says
+    how much held-out text it is."""
     from datamodules.cache_folders import cache_root
     from datamodules.corpus import open_corpus
     from datamodules.sources import ContentHashes
@@ -44,7 +46,11 @@ def documents(data: Texts, split: Literal["train", "val"]) -> list[str]:
     step = max(1, -(-len(found) // data.max_val_documents))
     if not found:
         raise ValueError("the held-out text is empty; pass other files by --data.val_path")
-    return found[::step]
+    found = found[::step]
+    whole = "" if data.val_path is not None else ", held out; --data.val_path judges by a text as a whole"
+    size = sum(len(text.encode()) for text in found)
+    print(f"judging by {len(found):,} documents, {size:,} bytes{whole}", file=sys.stderr)
+    return found
 
 
 def split_at(text: str, separator: str | None) -> list[str]:

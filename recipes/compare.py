@@ -2,7 +2,7 @@
 
 Run:
     python recipes/compare.py runs/mine runs/mine/model-int4
-    python recipes/compare.py runs/a runs/b gpt2 --data.path held_out/ --contrasts crows_pairs_anonymized.csv
+    python recipes/compare.py runs/a runs/b gpt2 --data.val_path held_out/ --contrasts crows_pairs_anonymized.csv
     python recipes/compare.py runs/a runs/b --x parameters --y bits_per_byte --output runs/comparison
 
 The first is what the others are measured against, on the same documents: an interval that holds 0 tells no difference.
@@ -54,6 +54,8 @@ def compare(
     found = {name: open_any(name, hub.is_within_reach) for name in models}
     scored = any(one.scores_text for one in found.values())
     tasks = validated(found)
+    if not tasks:  # whose metrics have names of their own
+        require_figures([*axes_of(x), *([y] if y else [])])
     wanted = Wanted(predictions=scored, contrasts=pairs, energy=meters.is_wanted() if energy is None else energy)
     judged = judge(found, documents(data, "val") if scored else [], tasks, wanted)
     print(table(judged), flush=True)
@@ -79,12 +81,28 @@ def read_contrasts(path: Path, most: int | None) -> list:
     return [found[place * len(found) // count] for place in range(count)]
 
 
+def axes_of(x: list[str] | str | None) -> list[str]:
+    return [x] if isinstance(x, str) else x or []
+
+
+def require_figures(names: list[str]) -> None:
+    """Raises ValueError for one that no model has, before any is judged."""
+    import difflib
+
+    from lightning_modules.evaluation.judged_table import FIGURES
+
+    for name in names:
+        if name not in FIGURES:
+            near = difflib.get_close_matches(name, FIGURES, n=1)
+            told = f"did you mean {near[0]}?" if near else f"figures are {', '.join(FIGURES)}"
+            raise ValueError(f"{name} is no figure of a model; {told}")
+
+
 def chosen_axes(judged: list, x: list[str] | str | None, y: str | None) -> list[tuple[str, str]]:
     """Raises ValueError for a figure that there is not."""
     first, all_of = judged[0], {name: one for one in reversed(judged) for name in one.figures}
     quality = y or ("bits_per_byte" if "bits_per_byte" in first.figures else first.metric)
-    costs = [x] if isinstance(x, str) else x
-    costs = costs or ["bytes", "token_ms" if "token_ms" in first.figures else "prompt_ms"]
+    costs = axes_of(x) or ["bytes", "token_ms" if "token_ms" in first.figures else "prompt_ms"]
     for name in [*costs, *([quality] if quality else [])]:
         if name not in all_of:
             raise ValueError(f"{name} is a figure of none of them; they have {', '.join(all_of)}")

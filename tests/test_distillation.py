@@ -267,7 +267,9 @@ def test_a_run_ends_with_teacher_control_and_student(texts, decoder, tmp_path, c
     assert summary["gap_recovered"] == (
         None if nats[0] <= nats[2] else pytest.approx(100 * (nats[0] - nats[1]) / (nats[0] - nats[2]))
     )
-    assert "gap recovered" in capsys.readouterr().out
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("gap recovered: "))
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Teacher and student</h2>" in page and told in page and f"<td>{nats[1]:.4f}</td>" in page
     assert "train/divergence" in (tmp_path / "metrics.csv").read_text().splitlines()[0]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 16
 

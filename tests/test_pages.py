@@ -14,10 +14,10 @@ from lightning_modules.callbacks.samples import keep
 from lightning_modules.cli import leave_page
 from lightning_modules.evaluation.judged_table import unbeaten
 from lightning_modules.evaluation.judging import Judged
-from lightning_modules.pages import charts
+from lightning_modules.pages import charts, comparison_page
 from lightning_modules.pages.charts import Line, axis, lines, points, round_step, short, thinned
 from lightning_modules.pages.comparison_page import run_of
-from lightning_modules.pages.page import figures, page, preformatted, section, table
+from lightning_modules.pages.page import figures, page, preformatted, section, table, upright
 from lightning_modules.pages.run_page import duration, neighbours, read_metrics, read_run, run_page, write_run_page
 from recipes import compare
 from tests.faults import SCRIPT
@@ -85,7 +85,8 @@ def test_a_run_ends_with_a_page_of_its_own_figures(runs):
     for name in ("val_loss", "val_bits_per_byte"):
         assert f"<b>{summary[name]:.4f}</b>" in text
     assert f"<b>{summary['tokens']:,}</b>" in text and "pretrain-0" in text
-    assert "Other than in pretrain-0" in text and "model.init_args.optimizer.init_args.lr" in text
+    assert "Other than in pretrain-0" in text and "model.optimizer.lr" in text
+    assert "<td>model.architecture.vocab_size" not in text  # which the data has decided
     assert "&lt;b&gt;" in text and "def <b>" not in text  # a prompt is no HTML
     shown = read_run(runs[1])
     assert shown.metrics["val/loss"][-1] == (summary["tokens"], pytest.approx(summary["val_loss_final"]))
@@ -199,6 +200,24 @@ def test_ticks_lie_on_the_axis_and_logarithms_at_powers():
     assert [duration(seconds) for seconds in (59.6, 119, 150, 7500)] == ["60 s", "119 s", "2 min 30 s", "2 h 5 min"]
 
 
+def test_ticks_that_lie_near_each_other_have_digits_enough():
+    ticks = axis([3.2924, 3.2931], False, 0, 100).ticks()
+    labels = [label for _, label in charts.labelled(ticks)]
+    assert len(set(labels)) == len(ticks) >= 3 and [float(label) for label in labels] == pytest.approx(ticks, abs=1e-5)
+    assert [label for _, label in charts.labelled([0.0, 0.5, 1.0])] == ["0", "0.5", "1"]
+
+
+def test_a_line_beyond_the_axes_is_cut_off_and_not_bent_along_them():
+    mine = Line("mine", [(0, 1.0), (100, 2.0)])
+    text = lines("t", "tokens", [mine, Line("falls", [(0, 9.0), (50, 1.5), (100, 1.2)], True)])
+    falls = re.findall(r'<polyline [^>]*points="([^"]+)"', text)[1]
+    assert float(falls.split()[0].split(",")[1]) < charts.TOP
+    inside = re.search(r"<svg x=.*?</svg>", text)[0]
+    assert inside.count("<polyline") == 2 and "<polyline" not in text.replace(inside, "")
+    far = Line("far", [(0, 9.0), (100, 8.0)], True)  # of which nothing would be seen
+    assert "far" not in lines("t", "tokens", [mine, far])
+
+
 def test_text_is_no_html():
     bad = '<script>alert("x")</script>'
     parts = [section(bad, figures([(bad, bad)]), table([bad], [[bad]]), preformatted(bad, bad))]
@@ -228,8 +247,10 @@ def test_models_stand_beside_each_other_with_intervals(runs, corpus, tmp_path, c
     assert second["kl"] > 0 and 0 < second["same_top"] <= 1 and "bias_change_low" in second
     text = (tmp_path / "out" / "compare.html").read_text()
     Whole(text)
-    assert "Bits per byte by parameters" in text and "model.init_args.optimizer.init_args.lr" in text
-    assert "calibration error" in capsys.readouterr().out
+    assert "Bits per byte by parameters" in text and "model.optimizer.lr" in text
+    shown = capsys.readouterr()
+    assert "calibration error" in shown.out and "held out; --data.val_path judges by a text as a whole" in shown.err
+    assert shown.out.splitlines()[0].split() == [str(run) for run in runs]  # so wide a table is turned
 
 
 def test_a_model_beside_itself_is_the_same(runs, corpus, tmp_path):
@@ -249,7 +270,12 @@ def test_mistakes_are_one_line(runs, corpus, tmp_path, capsys):
         ([runs[0], runs[0]], "is there twice"),
         ([tmp_path / "none"], "no such folder"),
         ([runs[0], "--contrasts", tmp_path / "none.csv"], "no such file or folder: --contrasts"),
-        ([runs[0], "--y", "beauty", "--data.path", corpus, "--data.val_fraction", "0.5"], "beauty is a figure of none"),
+        ([runs[0], "--y", "beauty"], "beauty is no figure of a model; figures are bits_per_byte, "),
+        ([runs[0], "--x", "parameter"], "parameter is no figure of a model; did you mean parameters?"),
+        (
+            [runs[0], "--y", "mse", "--data.path", corpus, "--data.val_fraction", "0.5"],
+            "mse is a figure of none of them",
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             compare.main([str(word) for word in words])
@@ -284,6 +310,21 @@ def test_nothing_beats_what_is_better_in_what_is_wanted(cost, quality, best):
         judged("c", bytes=3, prefers_stereotype=0.52, token_ms=9, same_top=0.7, mse=1),
     ]
     assert [one.name for one in unbeaten(found, cost, quality)] == best
+
+
+def test_pseudo_likelihood_is_drawn_beside_no_likelihood():
+    found = [judged(name, bytes=1, bits_per_byte=bits) for name, bits in (("a", 2.0), ("b", 1.5), ("masked", 0.5))]
+    found[2].kind = "masked"
+    colors = {"a": "red", "b": "green", "masked": "blue"}
+    text = comparison_page.scatter(found, "bytes", "bits_per_byte", colors)
+    assert text.count("<circle") == 2 and "masked" not in text and 'fill="green"' in text
+    assert comparison_page.scatter(found, "bits_per_byte", "bytes", colors).count("<circle") == 3
+
+
+def test_few_models_are_columns_and_many_are_rows():
+    few, many = ([["", "x", "y"], *([str(i), "1", "2"] for i in range(count))] for count in (2, 9))
+    assert upright(few) == (("", "0", "1"), [("x", "1", "1"), ("y", "2", "2")])
+    assert upright(many) == (many[0], many[1:])
 
 
 def test_contrasts_are_spread_evenly(tmp_path):

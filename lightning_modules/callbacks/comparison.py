@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lightning_modules.architectures import parameter_count
 from lightning_modules.callbacks.report import best_by
 from lightning_modules.command_line import take_flag
+from lightning_modules.pages.text_table import aligned
 from lightning_modules.run_folder import RUN_FOLDER
 from lightning_modules.taught import Taught
 from lightning_modules.teacher import Teacher
@@ -65,7 +66,7 @@ class Comparison(Callback):
         }
         if not trainer.is_global_zero:
             return
-        print_table(found, f"nats per {module.counted}")
+        print(aligned(cells(found, f"nats per {module.counted}")))
         more = {"comparison": found}
         if "without teacher" in found:
             by, sign = best_by(trainer)
@@ -73,10 +74,8 @@ class Comparison(Callback):
             figures = [
                 found[name]["nats" if by == "loss" else by] for name in ("without teacher", "student", module.start)
             ]
-            recovered = gap_recovered(*(sign * figure for figure in figures))
-            more |= {"gap_recovered": recovered, "gap_by": by}
-            none = "none: the teacher is no better than the student without one"
-            print(f"gap recovered: {none if recovered is None else f'{recovered:.1f} % of {by}'}\n", flush=True)
+            more |= {"gap_recovered": gap_recovered(*(sign * figure for figure in figures)), "gap_by": by}
+            print(f"{gap_in_words(more)}\n", flush=True)
         elif self.control and trainer.world_size > 1:
             print("without a teacher, on one rank: the same command with --model.hard_weight 1\n", flush=True)
         summary = json.loads((folder / "summary.json").read_text())
@@ -146,14 +145,19 @@ def gap_recovered(control: float, student: float, teacher: float) -> float | Non
     return 100 * (control - student) / (control - teacher) if control > teacher else None
 
 
-def print_table(found: dict[str, dict[str, float]], loss: str) -> None:
-    """A row for each network, a column for each figure."""
+def gap_in_words(summary: dict) -> str:
+    """Of what a distillation adds to summary.json; "" where it had no control."""
+    if "gap_recovered" not in summary:
+        return ""
+    recovered, by = summary["gap_recovered"], summary["gap_by"]
+    none = "none: the teacher is no better than the student without one"
+    return f"gap recovered: {none if recovered is None else f'{recovered:.1f} % of {by}'}"
+
+
+def cells(found: dict[str, dict[str, float]], loss: str = "nats") -> list[list[str]]:
+    """A header, and a row for each network with all its figures."""
     titles = [({"nats": loss} | TITLES).get(name, name.replace("_", " ")) for name in next(iter(found.values()))]
-    width = max(map(len, found))
-    print(" " * width, *titles, sep="  ")
-    for name, row in found.items():
-        cells = [
-            f"{value:>{len(title)}{FORMATS.get(key, '.4f')}}"
-            for (key, value), title in zip(row.items(), titles, strict=True)
-        ]
-        print(f"{name:<{width}}", *cells, sep="  ")
+    rows = [
+        [name, *(f"{value:{FORMATS.get(key, '.4f')}}" for key, value in row.items())] for name, row in found.items()
+    ]
+    return [["", *titles], *rows]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning_modules.architectures import bytes_of
 from lightning_modules.evaluation.judging import Judged
+from lightning_modules.pages.text_table import aligned, turned, width_of
 
 FURTHER = {
     "token right": "token_accuracy",
@@ -20,6 +21,10 @@ LESS_IS_BETTER = (
     *("bits_per_byte", "nats_per_token", "loss", "perplexity", "mse", "kl", "calibration_error"),
     *("parameters", "nonzero", "bytes", "bytes_in_memory", "prompt_ms", "token_ms", "joules", "text_joules"),
 )
+FIGURES = (*LESS_IS_BETTER, "token_accuracy", "same_top", "same_prediction", "prefers_stereotype")
+"""All that a model may have besides the metrics of its task."""
+SCREEN = 120
+"""Characters."""
 
 
 def worse(one: Judged, name: str) -> float:
@@ -40,13 +45,10 @@ def unbeaten(found: Sequence[Judged], cost: str, quality: str) -> list[Judged]:
 
 
 def table(found: list[Judged]) -> str:
+    """A row for each model; a column, where that is narrower and the rows are wider than a screen."""
     rows = cells(found)
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        words = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(words).rstrip())
-    return "\n".join(lines)
+    upright, lying = aligned(turned(rows)), aligned(rows)
+    return min(upright, lying, key=width_of) if width_of(lying) > SCREEN else lying
 
 
 def cells(found: list[Judged]) -> list[list[str]]:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 560, 300
@@ -21,11 +21,13 @@ class Line:
     name: In the legend.
     points: By rising x.
     is_faint: Of another run.
+    color: Left out: the next one.
     """
 
     name: str
     points: Sequence[Point]
     is_faint: bool = False
+    color: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Axis:
 
     def place(self, value: float) -> float:
         return self.begin + (self._at(value) - self.low) / (self.high - self.low) * (self.end - self.begin)
+
+    def holds(self, value: float) -> bool:
+        return self.low <= self._at(value) <= self.high
 
     def _at(self, value: float) -> float:
         return math.log10(value) if self.is_log else value
@@ -71,20 +76,21 @@ def round_step(about: float) -> float:
 
 def lines(title: str, x_label: str, some: Sequence[Line], is_log: bool = False) -> str:
     """ "" where no line has two points."""
-    some = [Line(line.name, thinned(finite(line.points, is_log)), line.is_faint) for line in some]
+    some = [replace(line, points=thinned(finite(line.points, is_log))) for line in some]
     some = [line for line in some if len(line.points) > 1]
     if not some:
         return ""
     own = [line for line in some if not line.is_faint] or some
     end = max(a for line in own for a, _ in line.points)  # a longer neighbour goes on beyond the picture
-    some = [Line(line.name, [p for p in line.points if p[0] <= 1.02 * end], line.is_faint) for line in some]
+    some = [replace(line, points=[p for p in line.points if p[0] <= 1.02 * end]) for line in some]
     some = [line for line in some if len(line.points) > 1]
     x = axis([p[0] for line in some for p in line.points], False, LEFT, RIGHT)
     y = axis(_most(own, some), is_log, BOTTOM, TOP, 0.04)
+    some = [line for line in some if any(y.holds(b) for _, b in line.points)]
     drawn, legend = [], []
     for number, line in enumerate(some):
-        color = COLORS[number % len(COLORS)]
-        places = " ".join(f"{x.place(a):.1f},{min(max(y.place(b), TOP), BOTTOM):.1f}" for a, b in line.points)
+        color = line.color or COLORS[number % len(COLORS)]
+        places = " ".join(f"{x.place(a):.1f},{y.place(b):.1f}" for a, b in line.points)
         faint = ' stroke-opacity=".45"' if line.is_faint else ""
         width = 1.2 if line.is_faint else 1.8
         drawn.append(f'<polyline fill="none" stroke="{color}" stroke-width="{width}"{faint} points="{places}"/>')
@@ -93,7 +99,7 @@ def lines(title: str, x_label: str, some: Sequence[Line], is_log: bool = False) 
     series = [{"name": line.name, "points": [[a, b] for a, b in line.points]} for line in some if not line.is_faint]
     series = series or [{"name": line.name, "points": [[a, b] for a, b in line.points]} for line in some]
     data = {"left": LEFT, "right": RIGHT, "width": WIDTH, "x0": x.low, "x1": x.high, "logX": False, "label": x_label}
-    return _figure(title, _frame(x, y, x_label) + "".join(drawn) + mark, legend, data | {"series": series})
+    return _figure(title, _frame(x, y, x_label) + _clipped("".join(drawn)) + mark, legend, data | {"series": series})
 
 
 def points(
@@ -102,12 +108,12 @@ def points(
     y_label: str,
     some: Sequence[tuple[str, Point]],
     best: Sequence[Point],
-    is_log: bool = False,
+    colors: Sequence[str] = COLORS,
 ) -> str:
     """With the line through those that nothing beats."""
     if not some:
         return ""
-    x = axis([p[0] for _, p in some], is_log, LEFT, RIGHT, 0.06)
+    x = axis([p[0] for _, p in some], False, LEFT, RIGHT, 0.06)
     y = axis([p[1] for _, p in some], False, BOTTOM, TOP, 0.08)
     steps = []
     for place, (a, b) in enumerate(best):
@@ -116,7 +122,7 @@ def points(
     front = f'<polyline fill="none" class="axis" stroke-dasharray="3 3" points="{" ".join(steps)}"/>'
     drawn, legend = [front] if len(best) > 1 else [], []
     for number, (name, (a, b)) in enumerate(some):
-        color = COLORS[number % len(COLORS)]
+        color = colors[number % len(colors)]
         at = f'cx="{x.place(a):.1f}" cy="{y.place(b):.1f}"'
         told = escape(f"{name}: {x_label} {a:.6g}, {y_label} {b:.5g}")
         drawn.append(f'<circle {at} r="5" fill="{color}"><title>{told}</title></circle>')
@@ -148,12 +154,12 @@ def _most(own: Sequence[Line], some: Sequence[Line]) -> list[float]:
 
 def _frame(x: Axis, y: Axis, x_label: str) -> str:
     parts = []
-    for value in y.ticks():
+    for value, label in labelled(y.ticks()):
         at = y.place(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{short(value)}</text>')
-    for value in x.ticks():
-        parts.append(f'<text x="{x.place(value):.1f}" y="{BOTTOM + 16}" text-anchor="middle">{short(value)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{label}</text>')
+    for value, label in labelled(x.ticks()):
+        parts.append(f'<text x="{x.place(value):.1f}" y="{BOTTOM + 16}" text-anchor="middle">{label}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>')
     parts.append(f'<text x="{RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
     return "".join(parts)
@@ -170,11 +176,27 @@ def _figure(title: str, inside: str, legend: Sequence[tuple[str, str]], data: di
     )
 
 
-def short(value: float) -> str:
+def _clipped(lines: str) -> str:
+    """Of what goes on beyond the axes, what lies between them: an SVG within another shows nothing outside itself."""
+    inside = f"{LEFT} {TOP} {RIGHT - LEFT} {BOTTOM - TOP}"
+    x, y, width, height = inside.split()
+    return f'<svg x="{x}" y="{y}" width="{width}" height="{height}" viewBox="{inside}">{lines}</svg>'
+
+
+def labelled(ticks: Sequence[float]) -> list[tuple[float, str]]:
+    """Each with as many digits as it takes to tell them apart."""
+    for digits in range(4, 12):
+        labels = [short(value, digits) for value in ticks]
+        if len(set(labels)) == len(labels):
+            break
+    return list(zip(ticks, labels, strict=True))
+
+
+def short(value: float, digits: int = 4) -> str:
     """12, 1.5k, 3M, 2e-4."""
     if value == 0:
         return "0"
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / size:.4g}{unit}"
-    return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.1e}".replace("e-0", "e-")
+            return f"{value / size:.{digits}g}{unit}"
+    return f"{value:.{digits}g}" if abs(value) >= 1e-3 else f"{value:.{digits - 3}e}".replace("e-0", "e-")

@@ -7,8 +7,8 @@ from pathlib import Path
 from lightning_modules.evaluation.judged_table import cells, short_name, unbeaten
 from lightning_modules.evaluation.judging import Judged
 from lightning_modules.pages import charts
-from lightning_modules.pages.page import page, section, table
-from lightning_modules.pages.run_page import CURVES, Run, flat, read_run
+from lightning_modules.pages.page import page, section, table, upright
+from lightning_modules.pages.run_page import CURVES, Run, flat, read_run, unlike
 
 TITLES = {
     "bytes": "bytes on disk",
@@ -22,33 +22,40 @@ TITLES = {
     "prefers_stereotype": "prefers the stereotype",
 }
 
-PATHS = ("trainer.default_root_dir", "ckpt_path")
-"""Settings that are other in every run."""
+BY_KIND = ("bits_per_byte", "nats_per_token", "perplexity")
+"""Figures of a text that models of one kind can be compared by: no pseudo-likelihood with a likelihood."""
 
 
 def comparison_page(found: Sequence[Judged], axes: Sequence[tuple[str, str]], about: str) -> str:
     """Axes are pairs of figures, a cost and a quality."""
-    header, *rows = cells(list(found))
-    runs = list({run.folder.resolve(): run for one in found if (run := run_of(one.name)) is not None}.values())
-    pictures = "".join(scatter(found, cost, quality) for cost, quality in axes)
+    rows = [[short_name(name), *row] for name, *row in cells(list(found))]
+    colors = {one.name: charts.COLORS[place % len(charts.COLORS)] for place, one in enumerate(found)}
+    runs: dict[Path, tuple[Run, str]] = {}
+    for one in found:
+        if (run := run_of(one.name)) is not None:
+            runs.setdefault(run.folder.resolve(), (run, colors[one.name]))
+    pictures = "".join(scatter(found, cost, quality, colors) for cost, quality in axes)
     return page(
         " · ".join(short_name(one.name) for one in found[:3]) + (" …" if len(found) > 3 else ""),
         about,
         [
-            section("Beside each other", table(header, [[short_name(row[0]), *row[1:]] for row in rows])),
+            section("Beside each other", table(*upright(rows))),
             section("What each costs", f'<div class="charts">{pictures}</div>' if pictures else ""),
-            section("Curves of their runs", curves(runs)),
-            section("Settings that are not the same", settings(runs)),
+            section("Curves of their runs", curves(list(runs.values()))),
+            section("Settings that are not the same", settings([run for run, _ in runs.values()])),
         ],
     )
 
 
-def scatter(found: Sequence[Judged], cost: str, quality: str) -> str:
+def scatter(found: Sequence[Judged], cost: str, quality: str, colors: dict[str, str]) -> str:
     some = [one for one in found if cost in one.figures and quality in one.figures]
+    if quality in BY_KIND:
+        some = [one for one in some if one.kind == found[0].kind]
     best = [(one.figures[cost], one.figures[quality]) for one in unbeaten(some, cost, quality)]
     shown = [(short_name(one.name), (one.figures[cost], one.figures[quality])) for one in some]
     names = [TITLES.get(name, name.replace("_", " ")) for name in (cost, quality)]
-    return charts.points(f"{names[1].capitalize()} by {names[0]}", *names, shown, best)
+    title = f"{names[1].capitalize()} by {names[0]}"
+    return charts.points(title, *names, shown, best, [colors[one.name] for one in some])
 
 
 def run_of(model: str) -> Run | None:
@@ -61,11 +68,14 @@ def run_of(model: str) -> Run | None:
     return None
 
 
-def curves(runs: Sequence[Run]) -> str:
-    if not runs:
-        return ""
+def curves(runs: Sequence[tuple[Run, str]]) -> str:
+    """Of each run in the color of the first model that is from it."""
     drawn = (
-        charts.lines(title, "tokens", [charts.Line(run.name, run.metrics.get(name, [])) for run in runs])
+        charts.lines(
+            title,
+            "tokens",
+            [charts.Line(run.name, run.metrics.get(name, []), color=color) for run, color in runs],
+        )
         for title, name, _ in CURVES
     )
     inside = "".join(drawn)
@@ -77,11 +87,4 @@ def settings(runs: Sequence[Run]) -> str:
     if len(runs) < 2:
         return ""
     all_of = [flat(run.config) for run in runs]
-    names = sorted({name for one in all_of for name in one if not name.startswith(PATHS)})
-    rows = [
-        [name, *(str(one.get(name, "")) for one in all_of)]
-        for name in names
-        if len({str(one.get(name)) for one in all_of}) > 1
-        and not name.startswith(("trainer.default_root_dir", "ckpt_"))
-    ]
-    return table(["", *(run.name for run in runs)], rows)
+    return table(["", *(run.name for run in runs)], unlike(all_of))

@@ -21,8 +21,8 @@ h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.
 .figure span { color: var(--soft); font-size: .85rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.2rem; }
 figure { margin: 0; } figcaption { font-weight: 600; font-size: .92rem; margin-bottom: .2rem; }
-svg { width: 100%; height: auto; display: block; font: 12px system-ui, sans-serif; }
-@media (max-width: 40rem) { svg { font-size: 17px; } }
+figure > svg { width: 100%; height: auto; display: block; font: 12px system-ui, sans-serif; }
+@media (max-width: 40rem) { figure > svg { font-size: 17px; } }
 svg text { fill: var(--soft); } .grid { stroke: var(--line); } .axis { stroke: var(--soft); }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .85rem; color: var(--soft); }
 .legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: .2rem; margin-right: .35rem; }
@@ -36,6 +36,7 @@ pre { background: var(--card); border-radius: .6rem; padding: .8rem; overflow-x:
   overflow-wrap: anywhere; margin: .4rem 0; }
 details > summary { cursor: pointer; color: var(--soft); } .new { color: var(--a); }
 """
+MOST_COLUMNS = 6
 SCRIPT = """
 for (const figure of document.querySelectorAll("figure[data-points]")) {
   const svg = figure.querySelector("svg"), read = figure.querySelector(".read"), mark = svg.querySelector(".mark");
@@ -90,6 +91,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def upright(rows: Sequence[Sequence[str]]) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Header and rows of a table that has a row for each thing: a column for each, where a screen has room for them."""
+    header, *rest = list(zip(*rows, strict=True)) if len(rows) - 1 <= MOST_COLUMNS else rows
+    return header, rest
 
 
 def folded(title: str, inside: str) -> str:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
@@ -11,10 +12,12 @@ from pathlib import Path
 import yaml
 
 from lightning_modules.architectures import bytes_of
+from lightning_modules.callbacks.comparison import cells, gap_in_words
 from lightning_modules.callbacks.energy import in_words
 from lightning_modules.callbacks.samples import whole_lines
+from lightning_modules.explaining import LINKED, VOCABULARY, canonical
 from lightning_modules.pages import charts
-from lightning_modules.pages.page import figures, folded, page, preformatted, section, table
+from lightning_modules.pages.page import figures, folded, page, preformatted, section, table, upright
 
 FILE = "report.html"
 LOOKED_AT, NEIGHBOURS = 20, 5
@@ -38,6 +41,9 @@ CURVES = (
     ("MFU", "perf/mfu", None),
 )
 """Titles, each with what is drawn of all runs, and what of this one alone."""
+TITLES = {"peak_memory_bytes": "peak memory", "seconds": "time of steps", "mfu": "MFU"}
+OF_ANY_RUN = {"trainer.default_root_dir", "ckpt_path", VOCABULARY, *LINKED}
+"""Settings that are other in every run, or that follow from the data."""
 
 
 @dataclass
@@ -135,6 +141,7 @@ def run_page(run: Run, others: list[Run]) -> str:
         [
             figures(key_figures(summary)),
             section("Curves", f'<div class="charts">{"".join(curves)}</div>' if curves else ""),
+            section("Teacher and student", compared(summary)),
             section("Samples", samples(run.folder)),
             section("Unusual steps", unusual(run.folder)),
             section("Planned and measured", planned(summary)),
@@ -216,17 +223,25 @@ def unusual(folder: Path) -> str:
     return table(["step", "rank", "loss", "gradient norm", "rows"], shown) + more
 
 
+def compared(summary: dict) -> str:
+    found = summary.get("comparison")
+    if not found:
+        return ""
+    return table(*upright(cells(found))) + f'<p class="about">{escape(gap_in_words(summary))}</p>'
+
+
 def planned(summary: dict) -> str:
     foreseen, measured = summary.get("planned"), summary.get("measured")
     if not foreseen or not measured:
         return ""
     forms = {"peak_memory_bytes": bytes_of, "steps": "{:,}".format, "tokens": "{:,}".format, "seconds": duration,
              "mfu": "{:.0%}".format}  # fmt: skip
-    rows = [
-        [name.replace("_bytes", "").replace("_", " ").replace("mfu", "MFU"), form(foreseen[name]), form(measured[name])]
-        for name, form in forms.items()
-        if foreseen.get(name) is not None and measured.get(name) is not None
-    ]
+    known = [name for name in forms if foreseen.get(name) is not None and measured.get(name) is not None]
+    shown, limit = {name: forms[name](foreseen[name]) for name in known}, foreseen.get("limit_seconds")
+    if limit is not None and limit < foreseen.get("seconds", 0.0):
+        ended = {"steps", "tokens", "seconds"} & shown.keys()
+        shown |= {name: f"at most {shown[name]}" for name in ended} | {"seconds": f"at most {duration(limit)}"}
+    rows = [[TITLES.get(name, name), shown[name], forms[name](measured[name])] for name in known]
     note = "" if measured.get("memory_of") != "process" else (
         '<p class="about">Memory is planned of the steps’ tensors; measured is what the whole process grew by in them: '
         "freed memory that it keeps for the next step and what libraries take for themselves, too.</p>"
@@ -248,24 +263,27 @@ def drawn(summary: dict) -> str:
 
 
 def differences(run: Run, others: list[Run]) -> str:
-    mine, theirs = flat(run.config), flat(others[0].config)
-    rows = [
-        [name, str(mine.get(name, "")), str(theirs.get(name, ""))]
-        for name in sorted({*mine, *theirs})
-        if mine.get(name) != theirs.get(name) and not name.startswith(("trainer.default_root_dir", "ckpt_path"))
-    ]
+    rows = unlike([flat(run.config), flat(others[0].config)])
     if not rows and others[0].config:
         return '<p class="about">nothing</p>'
     return table(["", run.name, others[0].name], rows)
 
 
+def unlike(configs: Sequence[dict[str, object]]) -> list[list[str]]:
+    """Of the settings that are not the same in all of them, its name and each one's value."""
+    names = sorted({name for one in configs for name in one if name not in OF_ANY_RUN})
+    rows = [[name, *(str(one.get(name, "")) for one in configs)] for name in names]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
 def flat(config: object, name: str = "") -> dict[str, object]:
+    """By the names that flags have."""
     if isinstance(config, dict) and config:
         found = {}
         for key, value in config.items():
             found |= flat(value, f"{name}.{key}" if name else str(key))
         return found
-    return {name: config}
+    return {canonical(name): config}
 
 
 def duration(seconds: float) -> str:
