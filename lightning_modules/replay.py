@@ -6,6 +6,7 @@ folder.
 
 import argparse
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_modules import checkpoint_io
+from lightning_modules import checkpoint_io, sharded_checkpoints
 from lightning_modules.command_line import fail
 from lightning_modules.losses import IGNORED
 
@@ -29,12 +30,17 @@ class Replay(Callback):
         step: Counted from 1.
         rows: Samples to show.
         tokens: Of each sample.
+        progress: A JSON file of steps and their progress, of a run that followed a clock.
     """
 
-    def __init__(self, step: int, rows: int = 3, tokens: int = 48):
-        self.step, self.rows, self.tokens = step, rows, tokens
+    def __init__(self, step: int, rows: int = 3, tokens: int = 48, progress: Path | None = None):
+        self.step, self.rows, self.tokens, self.progress = step, rows, tokens, progress
         self.batches: list[dict[str, Tensor]] = []
         self.norms: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        if self.progress is not None:
+            module.given_progress = dict(json.loads(self.progress.read_text()))
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, batch_idx: int) -> None:
         if trainer.global_step != self.step - 1:
@@ -108,13 +114,16 @@ def replay(script: Path, words: list[str]) -> None:
     start = checkpoint_before(options.run / "checkpoints", options.step)
     begins = f"from {start.name}" if start else "from the beginning, since no checkpoint is from before"
     print(f"replaying step {options.step} of {options.run} {begins}", file=sys.stderr)
-    look = {"class_path": "lightning_modules.replay.Replay", "init_args": {"step": options.step}}
     with tempfile.TemporaryDirectory() as folder:
         config = yaml.safe_load((options.run / "config.yaml").read_text())
+        progress = Path(folder) / "progress.json"
+        progress.write_text(json.dumps(progress_by_clock(options.run / "checkpoints")))
+        settings = {"step": options.step, "progress": str(progress)}
+        look = {"class_path": "lightning_modules.replay.Replay", "init_args": settings}
+        callbacks = [one for one in config["trainer"]["callbacks"] or [] if not one["class_path"].endswith(".Timer")]
         config["ckpt_path"] = str(start.resolve()) if start else None
-        config["trainer"]["default_root_dir"] = folder
-        config["trainer"]["callbacks"] = [*(config["trainer"]["callbacks"] or []), look]
-        config["trainer"]["limit_val_batches"] = 0
+        config["trainer"] |= {"default_root_dir": folder, "callbacks": [*callbacks, look]}
+        config["trainer"] |= {"limit_val_batches": 0, "max_time": None}
         (Path(folder) / "replay.yaml").write_text(yaml.safe_dump(config))
         environment = os.environ | {"WANDB_MODE": "disabled"}
         command = [sys.executable, str(script), "fit", "--config", str(Path(folder) / "replay.yaml"), *flags]
@@ -141,6 +150,19 @@ def checkpoint_before(folder: Path, step: int) -> Path | None:
             checkpoint_io.verify(path)
             return path
     return None
+
+
+def progress_by_clock(folder: Path) -> list[tuple[int, float]]:
+    """Steps whose rate followed the clock, each with the progress that it had, as far as there are checkpoints."""
+    path = checkpoint_io.newest(folder)
+    if path is None:
+        return []
+    if path.is_dir():
+        found = sharded_checkpoints.rest_of(path)
+    else:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    steps, progress = found.get("progress_by_clock", ((), ()))
+    return [(int(step), float(one)) for step, one in zip(steps, progress, strict=True)]
 
 
 def logged_loss(file: Path, step: int) -> float | None:

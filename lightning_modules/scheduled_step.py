@@ -2,6 +2,7 @@
 
 import json
 from abc import abstractmethod
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +70,10 @@ class ScheduledStep(ExactStep):
         self.network: PreTrainedModel | None = None
         self.lr: float | None = None
         self.kernels: list[str] = []
+        self.progress_by_clock: tuple[array, array] = array("q"), array("d")
+        """Steps whose progress was the clock's, rising, and that progress: what no other run finds out again."""
+        self.given_progress: dict[int, float] = {}
+        """By step, for a run that repeats one that followed a clock."""
 
     def make_fast(self, network: PreTrainedModel) -> None:
         """Shards of a strategy that has them, kernels on a CPU, torch.compile on a GPU, in place; or less memory."""
@@ -198,6 +203,14 @@ class ScheduledStep(ExactStep):
         super().on_save_checkpoint(checkpoint)
         if self.trainer.optimizers:
             checkpoint["optimizer_names"] = names_of(self.trainer.optimizers[0], self)
+        if self.progress_by_clock[0]:
+            steps, progress = self.progress_by_clock
+            checkpoint["progress_by_clock"] = torch.tensor(steps), torch.tensor(progress, dtype=torch.float64)
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        super().on_load_checkpoint(checkpoint)
+        for numbers, before in zip(self.progress_by_clock, checkpoint.get("progress_by_clock", ((), ())), strict=True):
+            numbers[:] = array(numbers.typecode, [number.item() for number in before])
 
     def on_train_start(self) -> None:
         """Takes the rate that LearningRateFinder has set; a second group keeps its ratio to the first."""
@@ -215,6 +228,11 @@ class ScheduledStep(ExactStep):
         """Part of the run that is done in the middle of the next step, 0 to 1: the largest of those of steps, epochs,
         tokens and time."""
         trainer = self.trainer
+        if trainer.global_step in self.given_progress:
+            return self.given_progress[trainer.global_step]
+        steps, progress = self.progress_by_clock
+        if steps and steps[-1] == trainer.global_step:  # each group of weights asks, and time goes on between them
+            return progress[-1]
         done = [0.0]
         step = trainer.global_step + 0.5
         if trainer.max_steps > 0:
@@ -224,8 +242,13 @@ class ScheduledStep(ExactStep):
             done.append(step / max(1, steps))
         if self.max_tokens:
             done.append(float(self.tokens) / self.max_tokens)
-        done.append(self.clock() if self.clock_of_first is None else self.clock_of_first)
-        return min(1.0, max(done))
+        clock = min(1.0, self.clock() if self.clock_of_first is None else self.clock_of_first)
+        if clock <= max(done):
+            return min(1.0, max(done))
+        if not steps or steps[-1] < trainer.global_step:
+            steps.append(trainer.global_step)
+            progress.append(clock)
+        return clock
 
     def clock(self) -> float:
         timer = next((c for c in self.trainer.callbacks if isinstance(c, Timer)), None)

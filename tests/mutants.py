@@ -767,6 +767,14 @@ MUTANTS = (
         "tests/test_ddp.py -k by_one_clock",
     ),
     Mutant(
+        "N3",
+        "one moment of the clock for all groups of weights",
+        "lightning_modules/scheduled_step.py",
+        "if steps and steps[-1] == trainer.global_step:",
+        "if False:",
+        "tests/test_verify.py -k followed_the_clock",
+    ),
+    Mutant(
         "S10",
         "the order of a teacher's labels",
         "lightning_modules/task_distillation.py",

@@ -144,9 +144,33 @@ def test_verify_tells_a_mistake_of_the_flags_in_one_line(corpus, tmp_path):
     assert done.returncode == 2 and "did you mean --data.path?" in done.stderr.splitlines()[-1]
 
 
+def test_a_step_whose_rate_followed_the_clock_has_that_rate_again(toy, monkeypatch):
+    """And all its groups of weights have the same one, though time goes on between them."""
+    times = iter(range(1, 1000))
+
+    def fit(given: dict[int, float]) -> tuple[dict[int, set[float]], dict]:
+        asked, checkpoint = {}, {}
+        trainer, module, data = toy(trainer={"max_steps": 4, "limit_val_batches": 0})
+        module.given_progress = given
+        module.clock = lambda: 0.9 + next(times) / 1000
+        factor = lambda _, step, progress: asked.setdefault(step, set()).add(progress) or 1.0  # noqa: E731
+        monkeypatch.setattr(type(module.schedule), "factor", factor)
+        trainer.fit(module, data)
+        module.on_save_checkpoint(checkpoint)
+        return asked, checkpoint
+
+    asked, checkpoint = fit({})
+    steps, progress = (numbers.tolist() for numbers in checkpoint["progress_by_clock"])
+    assert steps == [0, 1, 2, 3] and progress == sorted(set(progress))
+    assert asked == {step: {one} for step, one in zip([*steps, 4], [*progress, 1.0], strict=True)}
+    again, checkpoint = fit(dict(zip(steps, progress, strict=True)))
+    assert again == asked and "progress_by_clock" not in checkpoint
+
+
 @pytest.mark.slow
-def test_a_step_replayed_has_the_loss_that_was_logged(corpus, tmp_path):
-    assert command(arguments(tmp_path, corpus, {"trainer.accumulate_grad_batches": 2}), tmp_path / "log").wait() == 0
+@pytest.mark.parametrize("ends", [{"trainer.accumulate_grad_batches": 2}, {"trainer.max_time": "00:00:00:20"}])
+def test_a_step_replayed_has_the_loss_that_was_logged(ends, corpus, tmp_path):
+    assert command(arguments(tmp_path, corpus, ends), tmp_path / "log").wait() == 0
     for step, begins in ((60, "from recovery-0000000"), (5, "from the beginning")):
         replay = [sys.executable, str(SCRIPT), "replay", "--run", str(tmp_path), "--step", str(step)]
         replay += ["--allow_import", "tests"]
