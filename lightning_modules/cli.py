@@ -4,6 +4,7 @@ What is added: errors of one line, a folder for each run, precision by hardware,
 and keep a run.
 """
 
+import difflib
 import gc
 import importlib
 import inspect
@@ -47,7 +48,7 @@ from lightning_modules.callbacks.sparse_weights import SparseWeights
 from lightning_modules.callbacks.speed import Speed
 from lightning_modules.callbacks.watchdog import Watchdog
 from lightning_modules.checkpoint_io import CheckpointFiles
-from lightning_modules.command_line import OneLineParser, one_line_errors, take_flag, unbreakable_output
+from lightning_modules.command_line import OneLineParser, fail, one_line_errors, take_flag, unbreakable_output
 from lightning_modules.language_module import LanguageModule
 from lightning_modules.precision import BF16Shards, BF16Weights
 from lightning_modules.recipe_trainer import RecipeTrainer
@@ -247,6 +248,12 @@ class RecipeCLI(LightningCLI):
         if trainer.precision is None:
             bf16_gpu = self.subcommand == "plan" and not on_cpu
             trainer.precision = "bf16-mixed" if bf16_gpu else hardware.best_precision("cpu" if on_cpu else "cuda")
+        kept = [one.class_path for one in trainer.callbacks or [] if one.class_path.endswith("ModelCheckpoint")]
+        if trainer.enable_checkpointing is False and kept:
+            raise ValueError(
+                "--trainer.enable_checkpointing false, but a ModelCheckpoint is among the callbacks; leave the flag "
+                "out, or the callbacks, too: --trainer.callbacks '[]'"
+            )
         name = name_of(trainer.strategy)
         if str(trainer.precision) in ("16", "16-mixed") and name.endswith(("tp", "TensorParallel")):
             raise ValueError(f"--trainer.precision 16-mixed does not go with {name}; pass bf16-mixed")
@@ -331,7 +338,8 @@ class RecipeCLI(LightningCLI):
         if self.subcommand != "fit" and not self.config[self.subcommand].get("ckpt_path", "none needed"):
             origin = getattr(self.model, "origin", None)
             of = "freshly initialised weights" if origin is None else f"{origin} as it is"
-            print(f"no --ckpt_path given: these are the numbers of {of}", file=sys.stderr)
+            what = "predictions" if self.subcommand == "predict" else "numbers"
+            print(f"no --ckpt_path given: these are the {what} of {of}", file=sys.stderr)
 
 
 def place_of(callback: Callback) -> int:
@@ -433,6 +441,22 @@ def _class_of(model: object) -> type[LightningModule]:
     return getattr(importlib.import_module(module), name)
 
 
+def require_verb(words: list[str], verbs: list[str]) -> None:
+    if not words or words[0].startswith("-") or words[0] in verbs:
+        return
+    near = difflib.get_close_matches(words[0], verbs, n=1)
+    fail(f"there is no {words[0]}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(verbs)}"))
+
+
+def also(verbs: list[str]) -> str:
+    """For --help, of what is no part of LightningCLI."""
+    about = {
+        "verify": "measures on these flags that gradients, resuming and the exported model are what they should be.",
+        "replay": "--run DIR --step N does a step of a past run again, and shows what is in it.",
+    }
+    return "Besides:\n" + "\n".join(f"  {verb:<10} {about[verb]}" for verb in verbs)
+
+
 def main(
     model: type[LightningModule],
     default_model: type[LightningModule],
@@ -451,6 +475,8 @@ def main(
     """
     gc.set_threshold(700, 10, 10)
     words = list(sys.argv[1:] if args is None else args)
+    more = ["verify"] + ["replay"] * issubclass(default_model, LanguageModule)
+    require_verb(words, [*LightningCLI.subcommands(), *getattr(trainer, "verbs", {}), *more])
     if words[:1] == ["verify"] and "--help" not in words:
         from lightning_modules.verify import verify
 
@@ -478,7 +504,7 @@ def main(
             subclass_mode_data=inspect.isabstract(data),
             args=args,
             trainer_class=trainer,
-            parser_kwargs={"description": description, "formatter_class": Formatter},
+            parser_kwargs={"description": description, "formatter_class": Formatter, "epilog": also(more)},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_callback=SaveConfig,

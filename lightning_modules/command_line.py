@@ -100,6 +100,9 @@ def _told_by_worker(text: str) -> str | None:
     return raised.rpartition("Error: ")[2].strip() if raised.startswith(OURS) and "    raise " in raised else None
 
 
+QUOTES = "'\""
+
+
 def fail(message: str, code: int = 2) -> None:
     print(f"error: {redacted(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
@@ -137,13 +140,17 @@ def explain(message: str, flags: list[str]) -> str:
     if not key:
         return message
     flag, complaint = _as_typed(f"--{key[1]}"), key[2]
+    if flag not in flags and "." not in flag:  # a word without one
+        flag = key[1]
     if denied := re.search(r"Importing '([\w.]+)' is not allowed", complaint):
         package = denied[1].partition(".")[0]
         return f"{flag} {denied[1]}: no package that a run may name; if you trust it, add --allow_import {package}"
     if no_class := re.search(r"Expected a path but (\S+) either", complaint):
         return f"{flag} {no_class[1]}: there is no such class; pass its name with its package, like torch.optim.AdamW"
     if bad_value := re.search(r"(?:Given|Got) value: (.*)", complaint):
-        return f"{flag} does not take {bad_value[1]}; see --help"
+        choices = [choice for group in re.findall(r"Literal\[(.*?)\]", complaint) for choice in group.split(", ")]
+        takes = f"it takes {', '.join(choice.strip(QUOTES) for choice in choices)}" if choices else "see --help"
+        return f"{flag} does not take {bad_value[1]}; {takes}"
     return f"{flag}: {complaint}"
 
 

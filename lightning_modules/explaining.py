@@ -32,6 +32,11 @@ LINKED = {
 VOCABULARY, POSITIONS = "model.architecture.vocab_size", "model.architecture.max_position_embeddings"
 """Follow from the data where nothing is said of them."""
 OF_THE_COMMAND = ("config", "ckpt_path")
+OF_A_WHOLE_RUN = (
+    *("max_steps", "max_epochs", "overfit_batches", "limit_train_batches", "limit_val_batches", "val_check_interval"),
+    "enable_checkpointing",
+)
+"""Settings of the Trainer that fast_dev_run puts its own in the place of."""
 
 
 @dataclass(frozen=True)
@@ -144,22 +149,42 @@ def lines(settings: list[Setting]) -> list[str]:
 def remarks(trainer: Trainer, module: LightningModule, data: LightningDataModule, settings: list[Setting]) -> list[str]:
     said = {s.name for s in settings if s.origin != DEFAULT and not s.is_default}
     values = {s.name: s.value for s in settings}
+    steps = most_steps(trainer, module, data)
     found = [
-        *about_the_schedule(trainer, module.schedule),
-        *about_callbacks(trainer, module),
-        *about_time(trainer),
+        *about_the_architecture(module),
+        *about_the_schedule(steps, module.schedule, said),
+        *about_callbacks(trainer, module, steps),
+        *about_time(trainer, module, steps),
         *about_data(data, said, values),
         *about_flags(trainer, said, values, {s.name for s in settings if s.overrules}),
+        *about_a_trial(trainer, {s.name for s in settings if s.origin == FLAG}),
     ]
     return found
 
 
-def about_the_schedule(trainer: Trainer, schedule: Schedule) -> Iterator[str]:
-    steps = trainer.max_steps
-    if schedule.warmup_steps is not None and 0 < steps <= schedule.warmup_steps:
+def most_steps(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> int | None:
+    """By max_steps and, of rows that are full of tokens, by max_tokens; None where neither is said."""
+    ends = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if module.max_tokens and not isinstance(module, FineTune):
+        rows = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        ends.append(-(-module.max_tokens // (rows * data.seq_len)))
+    return min(ends, default=None)
+
+
+def about_the_architecture(module: LightningModule) -> Iterator[str]:
+    architecture = getattr(module, "architecture", None)
+    if architecture is not None and type(architecture) not in module.auto_class._model_mapping:
+        name, objective = type(architecture).__name__, type(module).__name__
+        yield f"--model.architecture {name} has no {module.auto_class.__name__} for {objective}: fit refuses them"
+
+
+def about_the_schedule(steps: int | None, schedule: Schedule, said: set[str]) -> Iterator[str]:
+    if steps is not None and schedule.warmup_steps is not None and steps <= schedule.warmup_steps:
         yield f"the warm-up of {schedule.warmup_steps} steps is no shorter than the run of {steps}"
+    if schedule.warmup_steps is not None and "model.schedule.warmup_fraction" in said:
+        yield "--model.schedule.warmup_fraction changes nothing: --model.schedule.warmup_steps is given"
     every = getattr(schedule, "every", None)
-    if every is not None and 0 < steps <= every:
+    if steps is not None and every is not None and steps <= every:
         yield f"the rate falls each {every} steps, and the run has {steps}: it never falls"
     if isinstance(schedule, Constant) and schedule.warmup_steps == 0:
         yield "the rate is the same from the first to the last step"
@@ -168,9 +193,9 @@ def about_the_schedule(trainer: Trainer, schedule: Schedule) -> Iterator[str]:
         yield f"warm-up and decay together are {fraction + schedule.warmup_fraction:.0%} of the run"
 
 
-def about_callbacks(trainer: Trainer, module: LightningModule) -> Iterator[str]:
+def about_callbacks(trainer: Trainer, module: LightningModule, steps: int | None) -> Iterator[str]:
     known = None if isinstance(module, FineTune) else {"val/loss", "val/perplexity", "val/bits_per_byte"}
-    validations = count_validations(trainer)
+    validations = count_validations(trainer, steps)
     for callback in trainer.callbacks:
         monitor = getattr(callback, "monitor", None)
         name = type(callback).__name__
@@ -182,23 +207,27 @@ def about_callbacks(trainer: Trainer, module: LightningModule) -> Iterator[str]:
             yield f"{name} keeps nothing"
 
 
-def count_validations(trainer: Trainer) -> int | None:
+def count_validations(trainer: Trainer, steps: int | None) -> int | None:
     """None where it is not known from the flags alone."""
-    interval, steps = trainer.val_check_interval, trainer.max_steps
+    interval = trainer.val_check_interval
     in_steps = isinstance(interval, int) and trainer.check_val_every_n_epoch is None
-    return steps // (interval // trainer.accumulate_grad_batches or 1) if in_steps and steps > 0 else None
+    return steps // (interval // trainer.accumulate_grad_batches or 1) if in_steps and steps is not None else None
 
 
-def about_time(trainer: Trainer) -> Iterator[str]:
-    if count_validations(trainer) == 0:
+def about_time(trainer: Trainer, module: LightningModule, steps: int | None) -> Iterator[str]:
+    if count_validations(trainer, steps) == 0:
         yield (
             f"the first validation comes after {trainer.val_check_interval} micro-batches, and the run has "
-            f"{trainer.max_steps} steps: there is none before the end"
+            f"{steps} steps: there is none before the end"
         )
     limit = getattr(next((c for c in trainer.callbacks if type(c).__name__ == "Timer"), None), "_duration", None)
-    if limit is not None and trainer.max_steps > 0:
-        ends = f"{trainer.max_steps:,} steps or {timedelta(seconds=limit)}"
-        yield f"the run ends after {ends}, what comes first; the schedule follows the one that is further on"
+    ends = [f"{trainer.max_steps:,} steps"] if trainer.max_steps > 0 else []
+    ends += [f"{trainer.max_epochs} epochs"] if (trainer.max_epochs or -1) > 0 else []
+    ends += [f"{module.max_tokens:,} tokens"] if module.max_tokens else []
+    ends += [str(timedelta(seconds=limit))] if limit is not None else []
+    if len(ends) > 1:
+        either = f"{', '.join(ends[:-1])} or {ends[-1]}"
+        yield f"the run ends after {either}, what comes first; the schedule follows the one that is further on"
 
 
 def about_data(data: LightningDataModule, said: set[str], values: dict[str, str]) -> Iterator[str]:
@@ -216,6 +245,8 @@ def about_data(data: LightningDataModule, said: set[str], values: dict[str, str]
 
 
 def about_flags(trainer: Trainer, said: set[str], values: dict[str, str], overruled: set[str]) -> Iterator[str]:
+    if values.get("trainer.precision") == "16-mixed" and trainer.precision != "16-mixed":
+        yield f"--trainer.precision 16-mixed is for GPUs; Lightning takes {trainer.precision} here"
     if "trainer.gradient_clip_algorithm" in said and not trainer.gradient_clip_val:
         yield "--trainer.gradient_clip_algorithm changes nothing without --trainer.gradient_clip_val"
     if values.get("samples.max_new_tokens") == "0" and said & {"samples.temperature", "samples.prompts"}:
@@ -226,6 +257,8 @@ def about_flags(trainer: Trainer, said: set[str], values: dict[str, str], overru
         yield "--energy.country changes nothing: codecarbon is not installed"
     if "push.private" in said and values.get("push.to") == "None":
         yield "--push.private changes nothing without --push.to"
+    if values.get("model.freeze_backbone") == "True" and values.get("model.adapter", "None") != "None":
+        yield "--model.freeze_backbone changes nothing: an adapter leaves the backbone as it is"
     if "trainer.accumulate_grad_batches" in overruled:
         yield "--trainer.accumulate_grad_batches changes nothing: it follows from --global_batch_size"
     rate = values.get("model.optimizer.lr", "None")  # Adafactor's may be None: its own
@@ -233,3 +266,9 @@ def about_flags(trainer: Trainer, said: set[str], values: dict[str, str], overru
         yield f"--model.optimizer.lr is {rate}: nothing is learnt"
     if "trainer.deterministic" in said and values.get("trainer.deterministic") != "False":
         yield "--trainer.deterministic: runs are repeated bit by bit without it, and it refuses some operations"
+
+
+def about_a_trial(trainer: Trainer, flags: set[str]) -> Iterator[str]:
+    idle = [f"--trainer.{name}" for name in OF_A_WHOLE_RUN if f"trainer.{name}" in flags]
+    if trainer.fast_dev_run and idle:
+        yield f"{', '.join(idle)}: --trainer.fast_dev_run decides instead"

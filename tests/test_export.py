@@ -390,7 +390,7 @@ def test_what_is_not_installed_is_named_with_its_extra(capsys, folder, tmp_path:
 
 def test_a_wrong_flag_is_named(capsys, folder, tmp_path: Path):
     flags = ["--model", folder("lstm"), "--output", tmp_path / "out", "--format"]
-    assert "--format does not take tflite" in refused(capsys, *flags, "tflite")
+    assert "--format does not take tflite; it takes hf, safetensors, onnx" in refused(capsys, *flags, "tflite")
     assert "--dtype is for hf and safetensors" in refused(capsys, *flags, "onnx", "--dtype", "float16")
     assert "there is no --overwrit" in refused(capsys, *flags, "hf", "--overwrit")
     assert "--tolerance does not take 0" in refused(capsys, *flags, "hf", "--tolerance", "0")

@@ -244,14 +244,23 @@ def test_max_tokens_ends_the_run_and_the_schedule(corpus, tmp_path):
 
 
 def test_help_opens_with_the_recipe_and_names_the_subcommands(capsys):
-    for arguments, wanted in (((), "Pretrain a language model"), (("fit",), "--data.seq_len")):
+    wanted_of = (((), "Pretrain a language model"), ((), "replay     --run DIR --step N"), (("fit",), "--data.seq_len"))
+    for arguments, wanted in wanted_of:
         with pytest.raises(SystemExit) as end:
             run(*arguments, help=True)
         assert not end.value.code and wanted in capsys.readouterr().out
 
 
+def test_a_verb_that_there_is_not_is_one_line(capsys):
+    for word, said in (("fitt", "did you mean fit?"), ("verfy", "did you mean verify?"), ("x", "there are fit, valid")):
+        with pytest.raises(SystemExit) as stop:
+            run(word)
+        assert stop.value.code == 2 and f"error: there is no {word}; {said}" in capsys.readouterr().err
+
+
 MISTAKES = {
     "--data.pth=x": "there is no --data.pth; did you mean --data.path?",
+    "--data.on_bad_row=drop": "--data.on_bad_row does not take drop; it takes error, skip",
     "--model.optimizer=Nope": "--model.optimizer Nope: there is no such class",
     "--model.architecture=transformers.FooConfig": "transformers.FooConfig: there is no such class",
     "--model.architecture.hiden_size=3": "did you mean --model.architecture.hidden_size?",
@@ -267,6 +276,7 @@ MISTAKES = {
     "--ckpt_path=/no/such.ckpt": "--ckpt_path /no/such.ckpt does not exist",
     f"--ckpt_path={Path(__file__)}": "is no whole checkpoint",
     "--trainer.devices=0": "devices",
+    "--trainer.enable_checkpointing=false": "leave the flag out, or the callbacks, too",
     "--trainer.check_val_every_n_epoch=2 --trainer.val_check_interval=1000": "`val_check_interval` (1000) must be less",
 }
 
