@@ -69,7 +69,9 @@ def read_crows_pairs(path: Path, bad_rows: BadRows) -> Iterator[Contrast]:
         if all(fault_of(text) is None and text.strip() for text in sentences) and "bias_type" in row:
             yield Contrast(*sentences, str(row["bias_type"]))
         else:
-            bad_rows.add(str(path), f"{path}, row {number}: CrowS-Pairs has two texts, sent_more, sent_less; bias_type")
+            columns = ", ".join(row)
+            wanted = "CrowS-Pairs has two sentences, sent_more and sent_less, and a bias_type"
+            bad_rows.add(str(path), f"{path}, row {number}: {wanted}; it has {columns}")
 
 
 def read_winobias(paths: list[Path]) -> Iterator[Contrast]:

@@ -33,6 +33,8 @@ from lightning_modules.schedules import Linear, Schedule
 
 NEW = "new"
 """Of --model.from: weights that are initialised here."""
+OF_100 = ("exact_match", "f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL")
+"""Metrics that are no parts of one."""
 
 
 class FineTune(ScheduledStep):
@@ -44,7 +46,7 @@ class FineTune(ScheduledStep):
             task's head, else new.
         architecture: A transformers config by name, with its fields, for new weights.
         adapter: Trains matrices of low rank beside the model's instead of the model.
-        freeze_backbone: Trains the head alone.
+        freeze_backbone: Trains the head alone, and what the model to begin with lacks, such as a pooler.
         dropout: Of all layers that have it. Left out: as the model has it.
         optimizer: Any torch optimizer by name. Weight decay touches matrices and embeddings only.
         schedule: Constant, Linear, Cosine, Step, Exponential, InverseSquareRoot or WarmupStableDecay.
@@ -149,6 +151,8 @@ class FineTune(ScheduledStep):
             network.config.pad_token_id = data.pad_id  # by which a decoder finds the last token of a text
             if self.freeze_backbone:
                 network.base_model.requires_grad_(False)
+                for part in self.new_parts:
+                    network.base_model.get_submodule(part).requires_grad_(True)
             if self.adapter is not None:
                 add = partial(self.adapter.added_to, network, auto_class, self.new_parts)
                 network = self.made_by_the_first(add)
@@ -304,7 +308,8 @@ class FineTune(ScheduledStep):
     def results(self, summary: dict[str, object]) -> dict[str, str]:
         found = {name: value for name, value in summary.items() if name.startswith("val_") and value is not None}
         shown = {name.removeprefix("val_"): value for name, value in found.items() if not name.endswith("_final")}
-        return {f"val {name.replace('_', ' ')}": f"{value:.4f}" for name, value in shown.items()}
+        words = {name: f"{value:.2f} of 100" if name in OF_100 else f"{value:.4f}" for name, value in shown.items()}
+        return {f"val {name.replace('_', ' ')}": value for name, value in words.items()}
 
     # Checkpoints
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_modules import simulation
 from lightning_modules.architectures import active_parameters, bytes_of
 from lightning_modules.hardware import Device
+from lightning_modules.precision import BF16Weights
 from lightning_modules.shards import local
 from lightning_modules.simulation import Footprint
 from lightning_modules.strategies import Sharded
@@ -260,11 +261,13 @@ def besides(plan: Forecast, trainer: Trainer, most: int | None) -> dict[str, str
     if most is not None:
         found["fits"] = advice(plan, trainer, most)
     if plan.kilowatt_hours is not None:
-        found["energy"] = f"at most {plan.kilowatt_hours:,.1f} kWh, at {plan.device.watts:,.0f} W a device"
+        hours = plan.kilowatt_hours
+        most = f"{hours:,.1f} kWh" if hours >= 1 else f"{1000 * hours:.2g} Wh"
+        found["energy"] = f"at most {most}, at {plan.device.watts:,.0f} W a device"
     if plan.cost is not None:
         found["cost"] = f"{plan.cost:,.2f} USD, at {plan.price:,.2f} USD for an hour of a device"
     if plan.footprint is not None:
-        weights = 4 * plan.total
+        weights = (2 if isinstance(trainer.precision_plugin, BF16Weights) else 4) * plan.total
         found["checkpoint"] = f"about {bytes_of(plan.footprint.checkpoint)}; the model's folder {bytes_of(weights)}"
     return found
 
@@ -329,10 +332,17 @@ def duration(seconds: float) -> str:
     for size, name in ((86400, "days"), (3600, "hours")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {name}"
-    return f"{seconds:,.0f} s"
+    return f"{seconds:,.0f} s" if seconds >= 1 else "less than a second"
 
 
 def time_limit(trainer: Trainer) -> float | None:
     """Seconds left of max_time."""
     timer = next((c for c in trainer.callbacks if isinstance(c, Timer)), None)
     return timer.time_remaining() if timer else None
+
+
+def time_allowed(trainer: Trainer) -> float | None:
+    """Seconds of max_time, those that are over, too."""
+    timer = next((c for c in trainer.callbacks if isinstance(c, Timer)), None)
+    left = timer.time_remaining() if timer else None
+    return None if left is None else timer.time_elapsed() + left

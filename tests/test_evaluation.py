@@ -580,9 +580,9 @@ def test_figures_of_a_task_that_are_no_means_have_no_interval(monkeypatch, tmp_p
     monkeypatch.setattr(tasks, "task_scores", lambda config, folder: found)
     monkeypatch.setattr(tasks, "find_folder", lambda model: model)
     measures = tasks.of_tuning(str(tmp_path), tmp_path / "config.yaml")
-    assert list(measures.figures()) == ["f1_macro", "loss", "accuracy", "score of an example"]
+    assert list(measures.figures()) == ["f1_macro", "loss", "accuracy"]
     low, high = measures.intervals()["accuracy"]
-    assert 0.7 < low < 0.8 < 0.86 < high < 0.95 and set(measures.intervals()) == {"accuracy", "score of an example"}
+    assert 0.7 < low < 0.8 < 0.86 < high < 0.95 and set(measures.intervals()) == {"accuracy"}
 
 
 # Intervals

@@ -10,6 +10,7 @@ from lightning_modules.callbacks.speed import Speed
 from lightning_modules.finetune import FineTune
 from lightning_modules.hardware import Device
 from lightning_modules.planning import Forecast
+from lightning_modules.precision import BF16Shards
 from lightning_modules.simulation import Footprint
 
 
@@ -70,7 +71,7 @@ def rows(forecast: Forecast, trainer: Trainer, module: LightningModule, is_measu
     parts = (data.batch_size, round(data.tokens_per_row), trainer.accumulate_grad_batches, groups)
     ranks = "ranks" if groups == trainer.world_size else f"groups of {trainer.world_size // groups} ranks"
     limit = planning.time_limit(trainer)
-    at_most = "" if limit is None else f"at most {limit:,.0f} s"
+    at_most = "" if limit is None else f"at most {limit:,.0f} s" + (" more" if trainer.ckpt_path else "")
     found = {
         "model": f"{type(module).__name__} {type(module.network.config).__name__}, {parameters(forecast)}, "
         f"{precision(trainer, module)}",
@@ -112,6 +113,8 @@ def marked(pieces: list[tuple[str, bool]], most: int = 400) -> str:
 
 
 def precision(trainer: Trainer, module: LightningModule) -> str:
+    if isinstance(trainer.precision_plugin, BF16Shards):
+        return f"{trainer.precision} of float32 shards"
     return f"{trainer.precision} with float32 master weights" if module.low_precision else str(trainer.precision)
 
 

@@ -20,7 +20,7 @@ import transformers
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_modules import hardware
+from lightning_modules import hardware, planning
 from lightning_modules.architectures import bytes_of, parameter_count
 from lightning_modules.callbacks.energy import Energy
 from lightning_modules.callbacks.plan import Plan, precision, print_pairs
@@ -142,7 +142,10 @@ def planned_and_measured(trainer: Trainer, module: LightningModule, speed: Speed
         "seconds": round(speed.training_seconds, 3),
         "mfu": speed.mean_mfu(module),
     }
-    return {"planned": plan.forecast.summary(), "measured": measured}
+    return {
+        "planned": plan.forecast.summary() | {"limit_seconds": planning.time_allowed(trainer)},
+        "measured": measured,
+    }
 
 
 def best_by(trainer: Trainer) -> tuple[str, int]:

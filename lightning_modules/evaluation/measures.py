@@ -90,4 +90,5 @@ class Measures:
     def _in_words(self) -> dict[str, str]:
         intervals = self.intervals()
         ends = {name: f"({low:.4g} to {high:.4g})" for name, (low, high) in intervals.items()}
-        return {name: f"{value:>10.4f}  {ends.get(name, ''):<22}".rstrip() for name, value in self.figures().items()}
+        figures = {name: f"{x:.4f}" if abs(x) < 1e6 else f"{x:.4g}" for name, x in self.figures().items()}
+        return {name: f"{value:>10}  {ends.get(name, ''):<22}".rstrip() for name, value in figures.items()}

@@ -87,5 +87,5 @@ def of_tuning(model: str, config: Path | None) -> Measures:
     mean = float(found.scores_D.mean())
     means = [name for name, value in found.metrics.items() if math.isclose(value, mean, rel_tol=1e-6, abs_tol=1e-9)]
     fixed = {name: found.metrics[name] for name in sorted(found.metrics, key=found.by.__ne__) if name not in means}
-    figures = {name: lambda means: means["score"] for name in (*means, "score of an example")}
+    figures = {name: lambda means: means["score"] for name in means or ["score of an example"]}
     return Measures({"score": found.scores_D}, [""] * len(found.scores_D), figures, fixed=fixed)

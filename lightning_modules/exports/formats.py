@@ -100,7 +100,7 @@ def is_export(folder: Path) -> bool:
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, gone at the end whatever comes; `put_in_place` renames it before that."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")  # torch asks for its .pt2
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
