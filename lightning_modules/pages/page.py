@@ -19,7 +19,7 @@ h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.
 .figure { background: var(--card); border-radius: .6rem; padding: .6rem .8rem; }
 .figure b { display: block; font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .figure span { color: var(--soft); font-size: .85rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1.2rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem; }
 figure { margin: 0; } figcaption { font-weight: 600; font-size: .92rem; margin-bottom: .2rem; }
 figure > svg { width: 100%; height: auto; display: block; font: 12px system-ui, sans-serif; }
 @media (max-width: 40rem) { figure > svg { font-size: 17px; } }
