@@ -200,6 +200,7 @@ def test_mistakes_are_told_before_anything_is_trained(decoder, texts, tmp_path, 
     read = ["--data.path", str(texts), "--rows", "4", "--rounding", "nearest"]
     compress.main(["quantize", "--model", str(decoder), "--output", str(tmp_path / "q"), *read])
     monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
     assert "has few bits already" in failure(["train", "--model", str(tmp_path / "q"), "--qat", "int4"], capsys)
     assert not (tmp_path / "runs").exists()
 

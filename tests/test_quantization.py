@@ -327,6 +327,7 @@ def test_mistakes_are_one_line_each(folder, text, tmp_path, capsys):
 def test_what_is_quantized_is_not_quantized_again(folder, text, tmp_path, capsys):
     compress.main(["quantize", "--model", str(folder), "--output", str(tmp_path / "x"), *text, "--rounding", "nearest"])
     again = ["quantize", "--model", str(tmp_path / "x"), "--output", str(tmp_path / "y"), *text]
+    capsys.readouterr()
     assert "is quantized already" in failure(again, capsys)
 
 
