@@ -53,13 +53,18 @@ def _is_put_first(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def build(config: PreTrainedConfig, auto_class: type, seed: int) -> PreTrainedModel:
-    """A freshly initialised network of `auto_class` (AutoModelForCausalLM …), a pure function of config and seed."""
+def require_in(auto_class: type, config: PreTrainedConfig) -> None:
+    """Raises ValueError where there is no network of `auto_class` (AutoModelForCausalLM …) with such a config."""
     if type(config) not in auto_class._model_mapping:
         raise ValueError(
             f"--model.architecture {type(config).__name__} has no {auto_class.__name__}; take one that has, or "
             f"another --model: CausalLM for decoders, MaskedLM for encoders, SpanDenoising for encoder-decoders"
         )
+
+
+def build(config: PreTrainedConfig, auto_class: type, seed: int) -> PreTrainedModel:
+    """A freshly initialised network of `auto_class`, a pure function of config and seed."""
+    require_in(auto_class, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Whatever dtype a config says that came from a folder: how weights are trained, a run says.

@@ -487,7 +487,8 @@ def main(
     if words[:1] == ["replay"] and issubclass(default_model, LanguageModule):
         from lightning_modules.replay import replay
 
-        replay(script, words[1:])
+        with one_line_errors():
+            replay(script, words[1:])
     set_parsing_settings(subclasses_enabled=[Schedule, PreTrainedConfig, PartOfTeacher])
     warnings.filterwarnings("ignore", module="lightning|torch")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # what its callers should change

@@ -12,7 +12,8 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from lightning_modules import energy
+from lightning_modules import energy, planning
+from lightning_modules.architectures import require_in
 from lightning_modules.finetune import FineTune
 from lightning_modules.schedules import Constant, Schedule
 
@@ -163,19 +164,20 @@ def remarks(trainer: Trainer, module: LightningModule, data: LightningDataModule
 
 
 def most_steps(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> int | None:
-    """By max_steps and, of rows that are full of tokens, by max_tokens; None where neither is said."""
+    """By max_steps and, where a row has as many tokens as it is long, by max_tokens; None where neither is said."""
     ends = [trainer.max_steps] if trainer.max_steps > 0 else []
-    if module.max_tokens and not isinstance(module, FineTune):
+    if module.max_tokens and not isinstance(module, FineTune) and module.objective != "denoising":
         rows = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
         ends.append(-(-module.max_tokens // (rows * data.seq_len)))
     return min(ends, default=None)
 
 
 def about_the_architecture(module: LightningModule) -> Iterator[str]:
-    architecture = getattr(module, "architecture", None)
-    if architecture is not None and type(architecture) not in module.auto_class._model_mapping:
-        name, objective = type(architecture).__name__, type(module).__name__
-        yield f"--model.architecture {name} has no {module.auto_class.__name__} for {objective}: fit refuses them"
+    try:
+        if getattr(module, "architecture", None) is not None:
+            require_in(module.auto_class, module.architecture)
+    except ValueError as error:
+        yield f"fit refuses this: {error}"
 
 
 def about_the_schedule(steps: int | None, schedule: Schedule, said: set[str]) -> Iterator[str]:
@@ -220,7 +222,7 @@ def about_time(trainer: Trainer, module: LightningModule, steps: int | None) -> 
             f"the first validation comes after {trainer.val_check_interval} micro-batches, and the run has "
             f"{steps} steps: there is none before the end"
         )
-    limit = getattr(next((c for c in trainer.callbacks if type(c).__name__ == "Timer"), None), "_duration", None)
+    limit = planning.time_allowed(trainer)
     ends = [f"{trainer.max_steps:,} steps"] if trainer.max_steps > 0 else []
     ends += [f"{trainer.max_epochs} epochs"] if (trainer.max_epochs or -1) > 0 else []
     ends += [f"{module.max_tokens:,} tokens"] if module.max_tokens else []

@@ -262,7 +262,7 @@ def besides(plan: Forecast, trainer: Trainer, most: int | None) -> dict[str, str
         found["fits"] = advice(plan, trainer, most)
     if plan.kilowatt_hours is not None:
         hours = plan.kilowatt_hours
-        most = f"{hours:,.1f} kWh" if hours >= 1 else f"{1000 * hours:.2g} Wh"
+        most = f"{hours:,.1f} kWh" if hours >= 1 else f"{1000 * hours:.1f} Wh"
         found["energy"] = f"at most {most}, at {plan.device.watts:,.0f} W a device"
     if plan.cost is not None:
         found["cost"] = f"{plan.cost:,.2f} USD, at {plan.price:,.2f} USD for an hour of a device"

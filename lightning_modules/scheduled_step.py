@@ -74,6 +74,9 @@ class ScheduledStep(ExactStep):
         """Steps whose progress was the clock's, rising, and that progress: what no other run finds out again."""
         self.given_progress: dict[int, float] = {}
         """By step, for a run that repeats one that followed a clock."""
+        self._resumed_at = -1
+        self._progress: tuple[int, float] | None = None
+        """Step and progress that were found out last."""
 
     def make_fast(self, network: PreTrainedModel) -> None:
         """Shards of a strategy that has them, kernels on a CPU, torch.compile on a GPU, in place; or less memory."""
@@ -209,8 +212,10 @@ class ScheduledStep(ExactStep):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
-        for numbers, before in zip(self.progress_by_clock, checkpoint.get("progress_by_clock", ((), ())), strict=True):
-            numbers[:] = array(numbers.typecode, [number.item() for number in before])
+        self._resumed_at = checkpoint["global_step"]
+        if "progress_by_clock" in checkpoint:
+            steps, progress = checkpoint["progress_by_clock"]
+            self.progress_by_clock = array("q", steps.tolist()), array("d", progress.tolist())
 
     def on_train_start(self) -> None:
         """Takes the rate that LearningRateFinder has set; a second group keeps its ratio to the first."""
@@ -226,14 +231,25 @@ class ScheduledStep(ExactStep):
 
     def progress(self) -> float:
         """Part of the run that is done in the middle of the next step, 0 to 1: the largest of those of steps, epochs,
-        tokens and time."""
-        trainer = self.trainer
-        if trainer.global_step in self.given_progress:
-            return self.given_progress[trainer.global_step]
+        tokens and time. Of a step it is one number, though each group of weights asks and time goes on."""
+        step = self.trainer.global_step
+        if step in self.given_progress:
+            return self.given_progress[step]
         steps, progress = self.progress_by_clock
-        if steps and steps[-1] == trainer.global_step:  # each group of weights asks, and time goes on between them
+        if steps and steps[-1] == step:
             return progress[-1]
-        done = [0.0]
+        if self._progress is None or self._progress[0] != step:
+            by_count, by_clock = self._done()
+            self._progress = step, max(by_count, by_clock)
+            # The rate of the step that a run goes on with is its checkpoint's; before it, steps are not counted yet.
+            if by_clock > by_count and step > self._resumed_at:
+                steps.append(step)
+                progress.append(by_clock)
+        return self._progress[1]
+
+    def _done(self) -> tuple[float, float]:
+        """What of the run is done by what is counted, and by the clock."""
+        trainer, done = self.trainer, [0.0]
         step = trainer.global_step + 0.5
         if trainer.max_steps > 0:
             done.append(step / trainer.max_steps)
@@ -242,13 +258,8 @@ class ScheduledStep(ExactStep):
             done.append(step / max(1, steps))
         if self.max_tokens:
             done.append(float(self.tokens) / self.max_tokens)
-        clock = min(1.0, self.clock() if self.clock_of_first is None else self.clock_of_first)
-        if clock <= max(done):
-            return min(1.0, max(done))
-        if not steps or steps[-1] < trainer.global_step:
-            steps.append(trainer.global_step)
-            progress.append(clock)
-        return clock
+        clock = self.clock() if self.clock_of_first is None else self.clock_of_first
+        return min(1.0, max(done)), min(1.0, clock)
 
     def clock(self) -> float:
         timer = next((c for c in self.trainer.callbacks if isinstance(c, Timer)), None)

@@ -770,8 +770,8 @@ MUTANTS = (
         "N3",
         "one moment of the clock for all groups of weights",
         "lightning_modules/scheduled_step.py",
-        "if steps and steps[-1] == trainer.global_step:",
-        "if False:",
+        "if self._progress is None or self._progress[0] != step:",
+        "steps = steps[:0]\n        if True:",
         "tests/test_verify.py -k followed_the_clock",
     ),
     Mutant(

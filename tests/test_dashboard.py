@@ -97,6 +97,13 @@ def test_a_workspace_is_written_with_all_its_panels(kind, tmp_path, capsys):
     assert [section["name"] for section in sections][: len(DASHBOARDS[kind])] == list(DASHBOARDS[kind])
 
 
+def test_a_kind_that_there_is_not_is_told_which_there_are(capsys):
+    with pytest.raises(SystemExit) as stop:
+        dashboard.main(["pretain"])
+    assert stop.value.code == 2
+    assert "error: kind does not take pretain; it takes pretrain, finetune, distill" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", DASHBOARDS)
 def test_a_report_draws_each_section_of_the_runs_of_its_kind(kind, monkeypatch):
     """What would be sent; the one question that it asks the server is answered here."""

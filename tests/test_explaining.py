@@ -55,7 +55,7 @@ def test_a_precision_that_was_asked_for_is_not_computed(capsys):
         (["--model.max_tokens=30000"], "the run has 10 steps: there is none before the end"),
         (["--model.max_tokens=30000", "--global_batch_size=24"], "the run has 5 steps: there is none before the end"),
         (["--model.max_tokens=30000", "--trainer.max_epochs=3"], "750 steps, 3 epochs, 30,000 tokens or 0:01:50"),
-        (["--model=MaskedLM"], "NanoChatConfig has no AutoModelForMaskedLM for MaskedLM"),
+        (["--model=MaskedLM"], "fit refuses this: --model.architecture NanoChatConfig has no AutoModelForMaskedLM"),
         (
             ["--model.schedule.warmup_steps=9", "--model.schedule.warmup_fraction=0.1"],
             "warmup_fraction changes nothing",
@@ -130,6 +130,9 @@ def test_other_recipes_are_explained_too(encoder, reviews, capsys):
     found, _ = explained(capsys, *words, script=ROOT / "recipes" / "finetune.py")
     assert found["model"] == ("Classification", "flag") or found["model"][0] == "Classification"
     assert found["model.from"] == (str(encoder)[:60], "flag")
+    words += ["--model.adapter.rank=2", "--model.freeze_backbone=true"]
+    _, remarks = explained(capsys, *words, script=ROOT / "recipes" / "finetune.py")
+    assert any("--model.freeze_backbone changes nothing" in remark for remark in remarks)
 
 
 def test_names_are_as_flags_say_them():

@@ -22,8 +22,9 @@ from transformers import (
 
 from datamodules.labelled import Labelled
 from lightning_modules import checkpoint_io
+from lightning_modules.adapter import Adapter
 from lightning_modules.classification import Classification
-from lightning_modules.finetune import starting_folder
+from lightning_modules.finetune import FineTune, starting_folder
 from lightning_modules.model_folder import max_positions
 from tests.faults import signal_at, state
 from tests.finetuning import as_command, refused, run, sentences
@@ -186,6 +187,23 @@ def test_a_frozen_backbone_stays_as_it_was(encoder, reviews, tmp_path):
     after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").bert.state_dict()
     same = [name for name in before if name in after]
     assert len(same) > 10 and all(torch.equal(before[name], after[name]) for name in same)
+
+
+@pytest.mark.parametrize("settings", [{}, {"adapter": Adapter(rank=2)}])
+def test_a_pooler_that_is_new_learns_beside_a_frozen_backbone(settings, encoder, reviews):
+    """And beside an adapter, which leaves the backbone as it is, freezing it changes nothing."""
+    frozen, _ = network_of(encoder, reviews, freeze_backbone=True, **settings)
+    learnt = {name for name, weight in frozen.network.named_parameters() if weight.requires_grad}
+    assert any("pooler" in name for name in learnt) and any("classifier" in name for name in learnt)
+    assert all("pooler" in name or "classifier" in name or "lora" in name for name in learnt)
+    if settings:
+        free, _ = network_of(encoder, reviews, **settings)
+        assert learnt == {name for name, weight in free.network.named_parameters() if weight.requires_grad}
+
+
+def test_what_is_no_part_of_one_is_said_to_be_of_a_hundred():
+    found = FineTune.results(None, {"val_f1": 71.94, "val_accuracy": 0.5, "val_loss_final": 2.0, "val_mcc": None})
+    assert found == {"val f1": "71.94 of 100", "val accuracy": "0.5000"}
 
 
 @pytest.mark.parametrize("epochs", [1, 2])

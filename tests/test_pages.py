@@ -18,7 +18,15 @@ from lightning_modules.pages import charts, comparison_page
 from lightning_modules.pages.charts import Line, axis, lines, points, round_step, short, thinned
 from lightning_modules.pages.comparison_page import run_of
 from lightning_modules.pages.page import figures, page, preformatted, section, table, upright
-from lightning_modules.pages.run_page import duration, neighbours, read_metrics, read_run, run_page, write_run_page
+from lightning_modules.pages.run_page import (
+    duration,
+    neighbours,
+    planned,
+    read_metrics,
+    read_run,
+    run_page,
+    write_run_page,
+)
 from recipes import compare
 from tests.faults import SCRIPT
 from tests.finetuning import run as recipe
@@ -105,6 +113,14 @@ def test_a_run_that_left_little_has_a_small_page(tmp_path):
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(("limit", "most"), [(None, ""), (50.0, ""), (20.0, "at most ")])
+def test_what_a_clock_may_cut_short_is_planned_at_most(limit, most):
+    foreseen = {"steps": 10, "tokens": 640, "seconds": 40.0, "limit_seconds": limit}
+    text = planned({"planned": foreseen, "measured": {"steps": 9, "tokens": 576, "seconds": 19.0}})
+    assert f"<td>{most}10</td><td>9</td>" in text and f"<td>{most}640</td>" in text
+    assert f"<td>{most}{'20' if most else '40'} s</td><td>19 s</td>" in text
 
 
 def test_a_page_that_cannot_be_made_fails_no_run(tmp_path, capsys):

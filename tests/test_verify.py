@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from lightning_modules import checks
 from lightning_modules.schedules import Cosine
 from tests.faults import SCRIPT, arguments, command
+from tests.finetuning import run as recipe
 
 
 def run_checks(toy, *names, before=None, **settings):
@@ -153,7 +154,11 @@ def test_a_step_whose_rate_followed_the_clock_has_that_rate_again(toy, monkeypat
         trainer, module, data = toy(trainer={"max_steps": 4, "limit_val_batches": 0})
         module.given_progress = given
         module.clock = lambda: 0.9 + next(times) / 1000
-        factor = lambda _, step, progress: asked.setdefault(step, set()).add(progress) or 1.0  # noqa: E731
+
+        def factor(schedule, step: int, progress: float) -> float:
+            asked.setdefault(step, set()).add(progress)
+            return 1.0
+
         monkeypatch.setattr(type(module.schedule), "factor", factor)
         trainer.fit(module, data)
         module.on_save_checkpoint(checkpoint)
@@ -165,6 +170,25 @@ def test_a_step_whose_rate_followed_the_clock_has_that_rate_again(toy, monkeypat
     assert asked == {step: {one} for step, one in zip([*steps, 4], [*progress, 1.0], strict=True)}
     again, checkpoint = fit(dict(zip(steps, progress, strict=True)))
     assert again == asked and "progress_by_clock" not in checkpoint
+
+
+def test_a_run_that_goes_on_keeps_no_clock_for_steps_that_followed_none(toy, tmp_path):
+    trainer, module, data = toy(trainer={"max_steps": 2, "limit_val_batches": 0})
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "2.ckpt")
+    again, module, data = toy(trainer={"max_steps": 4, "limit_val_batches": 0})
+    module.clock = lambda: 0.9
+    again.fit(module, data, ckpt_path=tmp_path / "2.ckpt")
+    assert module.progress_by_clock[0].tolist() == [3]  # step 2 has the rate of the checkpoint
+
+
+def test_a_damaged_checkpoint_is_one_line_of_a_replay(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("trainer: {callbacks: []}\n")
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"cut off")
+    with pytest.raises(SystemExit) as stop:
+        recipe("replay", f"--run={tmp_path}", "--step=3", script=SCRIPT)
+    assert stop.value.code == 2 and "is no whole checkpoint" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -192,8 +216,6 @@ def test_a_step_replayed_has_the_loss_that_was_logged(ends, corpus, tmp_path):
 @pytest.mark.parametrize("task", ["text_generation", "translation", "question_answering"])
 def test_the_checks_of_fine_tuning_pass_on_a_sound_run(task, tmp_path):
     """In one process, as `verify` makes them there."""
-    from tests.finetuning import run
-
     report = tmp_path / "checks.json"
     small = {
         "text_generation": {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1},
@@ -205,7 +227,7 @@ def test_the_checks_of_fine_tuning_pass_on_a_sound_run(task, tmp_path):
     flags |= {"trainer.default_root_dir": tmp_path, "trainer.max_time": "null"}
     check = {"class_path": "lightning_modules.checks.Checks", "init_args": {"report": str(report)}}
     config = ["--config", f"recipes/finetune_{task}.yaml", f"--trainer.callbacks+={json.dumps(check)}"]
-    run("fit", *config, *(f"--{name}={value}" for name, value in flags.items()))
+    recipe("fit", *config, *(f"--{name}={value}" for name, value in flags.items()))
     found = json.loads(report.read_text())
     names = [one["name"] for one in found["checks"]]
     assert all(one["passed"] for one in found["checks"]), found["checks"]

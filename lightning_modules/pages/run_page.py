@@ -227,7 +227,8 @@ def compared(summary: dict) -> str:
     found = summary.get("comparison")
     if not found:
         return ""
-    return table(*upright(cells(found))) + f'<p class="about">{escape(gap_in_words(summary))}</p>'
+    gap = gap_in_words(summary)
+    return table(*upright(cells(found))) + (f'<p class="about">{escape(gap)}</p>' if gap else "")
 
 
 def planned(summary: dict) -> str:
